@@ -1,0 +1,82 @@
+"""Where arrays live on a mesh of devices: a table of regular expressions over parameter paths.
+
+Axes of the mesh:
+
+    data     rows of the batch; parameters are copied
+    fsdp     rows of the batch; parameters are split
+    tensor   heads, hidden channels and vocabulary
+    context  tokens of a row
+
+Parameters carry no annotations: a path such as "layers/mlp/up_proj/kernel" decides. Optimiser states hold the same
+paths behind a prefix, so the same table places them.
+"""
+
+import re
+from typing import Any
+
+import jax
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+
+AXES = ("data", "fsdp", "tensor", "context")
+
+# The first expression found in the path wins. Leaves under "layers" are stacked: their first axis is the layer.
+RULES: tuple[tuple[str, PartitionSpec], ...] = (
+    (r"embed/embedding$", PartitionSpec("tensor", "fsdp")),
+    (r"lm_head/kernel$", PartitionSpec("fsdp", "tensor")),
+    (r"memory/(lr|momentum|gate)_proj/kernel$", PartitionSpec(None, "fsdp", None)),
+    (r"memory/fast_(gate|up|down)$", PartitionSpec(None, "tensor", None, None)),
+    (r"memory/[qkv]_conv/kernel$", PartitionSpec(None, None, "tensor")),
+    (r"(o|down|out)_proj/kernel$", PartitionSpec(None, "tensor", "fsdp")),
+    (r"_proj/kernel$", PartitionSpec(None, "fsdp", "tensor")),
+    (r"", PartitionSpec()),
+)
+
+
+def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1, context: int = 1) -> Mesh:
+    """A mesh with the four named axes; one device is a mesh of 1 x 1 x 1 x 1.
+
+    Raises:
+      ValueError: the product of the sizes is not the number of devices that JAX sees (a size of 1 on every axis
+        takes the first device of several).
+    """
+    shape = (data, fsdp, tensor, context)
+    needed = data * fsdp * tensor * context
+    devices = jax.devices()
+    if min(shape) < 1 or (needed != len(devices) and needed != 1):
+        sizes = ", ".join(f"{axis}={size}" for axis, size in zip(AXES, shape, strict=True))
+        raise ValueError(f"mesh {sizes} needs {needed} devices and there are {len(devices)}")
+    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices[:needed])
+
+
+def path_string(path: tuple[Any, ...]) -> str:
+    """A key path of `jax.tree_util` as "layers/mlp/up_proj/kernel"."""
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def spec_for(path: str, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> PartitionSpec:
+    """The spec of one array: the first rule that matches, without the axes that do not divide its dimensions."""
+    rule = next(spec for pattern, spec in RULES if re.search(pattern, path))
+    if len(rule) > len(shape):
+        return PartitionSpec()
+    fitted = [axis if axis and size % mesh.shape[axis] == 0 else None for axis, size in zip(rule, shape, strict=False)]
+    return PartitionSpec(*fitted)
+
+
+def tree_shardings(tree: Any, mesh: Mesh | AbstractMesh) -> Any:
+    """A tree of `NamedSharding` for parameters or an optimiser state; leaves may come from `jax.eval_shape`."""
+
+    def leaf_sharding(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
+        return NamedSharding(mesh, spec_for(path_string(path), leaf.shape, mesh))
+
+    return jax.tree_util.tree_map_with_path(leaf_sharding, tree)
+
+
+def place(tree: Any, mesh: Mesh) -> Any:
+    """The arrays of `tree` put where `tree_shardings` says. Every process passes the whole value of each array."""
+    return jax.device_put(tree, tree_shardings(tree, mesh))
+
+
+def batch_sharding(mesh: Mesh | AbstractMesh, *, tokens: bool = True) -> NamedSharding:
+    """Rows over `data` and `fsdp`, tokens over `context` (arrays [B, L], or [B] with tokens=False)."""
+    rows = ("data", "fsdp")
+    return NamedSharding(mesh, PartitionSpec(rows, "context") if tokens else PartitionSpec(rows))

@@ -1,0 +1,69 @@
+"""Rules over parameter paths, without devices; and one placement on four CPU devices in another process."""
+
+import os
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import AbstractMesh
+from jax.sharding import PartitionSpec as P
+
+from allmem_jax import sharding
+
+pytestmark = pytest.mark.core
+MESH = AbstractMesh((2, 2, 4, 1), sharding.AXES)
+
+
+@pytest.mark.parametrize(
+    ("path", "shape", "spec"),
+    [
+        ("embed/embedding", (64, 16), P("tensor", "fsdp")),
+        ("embed/embedding", (63, 16), P(None, "fsdp")),  # 63 rows do not divide by 4
+        ("layers/attention/q_proj/kernel", (3, 16, 32), P(None, "fsdp", "tensor")),
+        ("layers/attention/o_proj/kernel", (3, 32, 16), P(None, "tensor", "fsdp")),
+        ("layers/mlp/down_proj/kernel", (3, 32, 16), P(None, "tensor", "fsdp")),
+        ("layers/memory/out_proj/kernel", (3, 32, 16), P(None, "tensor", "fsdp")),
+        ("layers/memory/lr_proj/kernel", (3, 16, 12), P(None, "fsdp", None)),
+        ("layers/memory/fast_up", (3, 4, 8, 4), P(None, "tensor", None, None)),
+        ("layers/memory/alpha", (3, 16), P()),
+        ("lm_head/kernel", (16, 64), P("fsdp", "tensor")),
+        ("1/0/mu/layers/memory/v_proj/kernel", (3, 16, 32), P(None, "fsdp", "tensor")),
+    ],
+)
+def test_first_rule_wins(path, shape, spec):
+    assert sharding.spec_for(path, shape, MESH) == spec
+
+
+def test_tree_from_shapes_alone():
+    tree = jax.eval_shape(lambda: {"layers": {"mlp": {"up_proj": {"kernel": np.zeros((2, 8, 8))}}}, "count": 0})
+    shardings = sharding.tree_shardings(tree, MESH)
+    assert shardings["layers"]["mlp"]["up_proj"]["kernel"].spec == P(None, "fsdp", "tensor")
+    assert shardings["count"].spec == P()
+    assert sharding.batch_sharding(MESH).spec == P(("data", "fsdp"), "context")
+
+
+def test_one_device_is_a_mesh():
+    mesh = sharding.make_mesh()
+    value = np.arange(6.0, dtype=np.float32).reshape(1, 2, 3)
+    placed = sharding.place({"up_proj": {"kernel": value}}, mesh)
+    np.testing.assert_array_equal(placed["up_proj"]["kernel"], value)
+
+
+def test_wrong_device_count_is_named():
+    with pytest.raises(ValueError, match="data=1, fsdp=64, tensor=1, context=1 needs 64 devices and there are"):
+        sharding.make_mesh(fsdp=64)
+
+
+def test_placed_on_four_devices():
+    program = """
+import jax, numpy as np
+from allmem_jax import sharding
+mesh = sharding.make_mesh(fsdp=2, tensor=2)
+x = sharding.place({"up_proj": {"kernel": np.arange(64.0).reshape(1, 8, 8)}}, mesh)["up_proj"]["kernel"]
+assert len(x.addressable_shards) == 4 and x.addressable_shards[0].data.shape == (1, 4, 4)
+assert float(jax.jit(lambda x: x.sum())(x)) == 63 * 32
+"""
+    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
+    subprocess.run([sys.executable, "-c", program], check=True, env={**os.environ, **flags}, timeout=120)
