@@ -1,0 +1,235 @@
+"""The model's mathematics as pure functions of arrays, with no parameters and no modules.
+
+Only this file calls the kernels. Axes:
+
+    B batch    L tokens of the call    d model    Hq, Hkv attention heads    D dimension of a head (of either kind)
+    S sink slots    W window slots    N memory heads    K convolution taps    H hidden size of the fast weights
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+
+import pallas_kernels
+from allmem_jax import config as config_lib
+
+
+def rms_norm(x: jax.Array, scale: jax.Array, eps: float, offset: float = 0.0) -> jax.Array:
+    """x / rms(x) * (offset + scale) over the last axis, computed in float32 and returned in x's dtype."""
+    wide = x.astype(jnp.float32)
+    wide = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + eps)
+    return (wide * (offset + scale.astype(jnp.float32))).astype(x.dtype)
+
+
+def l2_normalise(x: jax.Array, norm: float = 1.0, eps: float = 1e-6) -> jax.Array:
+    """x rescaled to `norm` over the last axis, in float32 and back."""
+    wide = x.astype(jnp.float32)
+    inverse = jax.lax.rsqrt(jnp.sum(jnp.square(wide), axis=-1, keepdims=True) + eps)
+    return (wide * (norm * inverse)).astype(x.dtype)
+
+
+def linear(x: jax.Array, kernel: jax.Array, bias: jax.Array | None = None) -> jax.Array:
+    """x @ kernel + bias in x's dtype, accumulated in float32. x [..., in], kernel [in, out]."""
+    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+    y = jnp.matmul(x, kernel.astype(x.dtype), precision=precision, preferred_element_type=jnp.float32)
+    return (y if bias is None else y + bias.astype(jnp.float32)).astype(x.dtype)
+
+
+def logits(hidden: jax.Array, head: jax.Array) -> jax.Array:
+    """float32 [..., V] from hidden states [..., d] and the head [d, V], accumulated in float32."""
+    precision = jax.lax.Precision.HIGHEST if hidden.dtype == jnp.float32 else None
+    return jnp.matmul(hidden, head.astype(hidden.dtype), precision=precision, preferred_element_type=jnp.float32)
+
+
+def rope_frequencies(
+    head_dim: int, theta: float, scaling: config_lib.RopeScaling | None = None
+) -> tuple[jax.Array, float]:
+    """Angular frequencies float32 [head_dim / 2] in radians per token, and the factor on cos and sin.
+
+    The kinds of `scaling` follow Hugging Face's definitions; yarn is arXiv 2309.00071.
+    """
+    pairs = jnp.arange(0, head_dim, 2, dtype=jnp.float32)
+    base = theta ** (-pairs / head_dim)
+    if scaling is None:
+        return base, 1.0
+    if scaling.kind == "linear":
+        return base / scaling.factor, 1.0
+    if scaling.kind == "llama3":
+        turns = scaling.original_length * base / (2 * math.pi)  # rotations within the pretraining context
+        keep = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+        keep = jnp.clip(keep, 0.0, 1.0)
+        return keep * base + (1 - keep) * base / scaling.factor, 1.0
+
+    def pair_at(rotations: float) -> float:
+        return head_dim * math.log(scaling.original_length / (rotations * 2 * math.pi)) / (2 * math.log(theta))
+
+    low = max(math.floor(pair_at(scaling.beta_fast)), 0)
+    high = min(math.ceil(pair_at(scaling.beta_slow)), head_dim - 1)
+    ramp = jnp.clip((pairs / 2 - low) / max(high - low, 1e-3), 0.0, 1.0)
+    factor = scaling.attention_factor
+    if factor is None:
+        factor = 0.1 * math.log(scaling.factor) + 1.0 if scaling.factor > 1 else 1.0
+    return ramp * base / scaling.factor + (1 - ramp) * base, factor
+
+
+def rope_table(positions: jax.Array, frequencies: jax.Array, factor: float) -> tuple[jax.Array, jax.Array]:
+    """cos and sin, float32 [B, L, D / 2], of int positions [B, L]."""
+    angles = positions.astype(jnp.float32)[..., None] * frequencies
+    return jnp.cos(angles) * factor, jnp.sin(angles) * factor
+
+
+def apply_rope(x: jax.Array, table: tuple[jax.Array, jax.Array]) -> jax.Array:
+    """Rotates the halves of each head: x [B, L, heads, D], table from `rope_table`."""
+    cos, sin = (part[:, :, None, :] for part in table)
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+
+
+def attend(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    *,
+    window: jax.Array | int,
+    sinks: jax.Array | int,
+    segment_ids: jax.Array | None,
+    scale: float,
+) -> jax.Array:
+    """Windowed attention with sinks over a whole row. q [B, L, Hq, D], k and v [B, L, Hkv, D] -> [B, L, Hq, D]."""
+    return pallas_kernels.swa_attention(q, k, v, window=window, sinks=sinks, segment_ids=segment_ids, scale=scale)
+
+
+def attend_cached(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    cache: tuple[jax.Array, jax.Array],
+    position: jax.Array,
+    lengths: jax.Array,
+    *,
+    sink_slots: int,
+    window: jax.Array,
+    sinks: jax.Array,
+    scale: float,
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    """Attention of L new tokens to the ring cache and to each other, and the cache after them.
+
+    Token p lives in slot p while p < S, else in slot S + (p - S) % W, so that the cache holds the first S and the
+    last W tokens of each row, whatever its phase.
+
+    Args:
+      q: [B, L, Hq, D]; k, v: [B, L, Hkv, D], rotated to their absolute positions.
+      cache: keys and values, each [B, S + W, Hkv, D].
+      position: int32 [B], tokens already in the cache's past; lengths: int32 [B], new tokens that are real.
+      sink_slots: S.
+      window, sinks: int32 scalars of this layer, at most W and S.
+      scale: multiplies the logits.
+
+    Returns:
+      [B, L, Hq, D] and the updated cache. Rows of padding are arbitrary but finite.
+    """
+    batch, length, heads, dim = q.shape
+    kv_heads = k.shape[2]
+    ring = cache[0].shape[1] - sink_slots
+    offsets = jnp.arange(length, dtype=jnp.int32)
+    q_pos = position[:, None] + offsets  # [B, L]
+    k_pos = jnp.concatenate([_slot_positions(position, sink_slots, ring), q_pos], axis=1)  # [B, S + W + L]
+    new = offsets < lengths[:, None]
+    real = jnp.concatenate([k_pos[:, : sink_slots + ring] >= 0, new], axis=1)
+    distance = q_pos[:, :, None] - k_pos[:, None, :]
+    visible = (distance >= 0) & ((distance < window) | (k_pos < sinks)[:, None, :]) & real[:, None, :]
+
+    keys = jnp.concatenate([cache[0].astype(k.dtype), k], axis=1)
+    values = jnp.concatenate([cache[1].astype(v.dtype), v], axis=1)
+    precision = jax.lax.Precision.HIGHEST if q.dtype == jnp.float32 else None
+    grouped = q.reshape(batch, length, kv_heads, heads // kv_heads, dim)
+    logits = jnp.einsum(
+        "blhgd,bkhd->bhglk", grouped, keys, precision=precision, preferred_element_type=jnp.float32
+    )  # [B, Hkv, Hq / Hkv, L, S + W + L]
+    logits = jnp.where(visible[:, None, None], logits * scale, -1e30)
+    weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
+    out = jnp.einsum("bhglk,bkhd->blhgd", weights, values, precision=precision, preferred_element_type=jnp.float32)
+
+    keep = new & (q_pos >= (position + lengths)[:, None] - ring) | (new & (q_pos < sink_slots))
+    slot = jnp.where(q_pos < sink_slots, q_pos, sink_slots + (q_pos - sink_slots) % ring)
+    slot = jnp.where(keep, slot, sink_slots + ring)  # out of bounds: dropped
+    rows = jnp.arange(batch)[:, None]
+    written = tuple(
+        old.at[rows, slot].set(x.astype(old.dtype), mode="drop") for old, x in zip(cache, (k, v), strict=True)
+    )
+    return out.reshape(batch, length, heads, dim).astype(q.dtype), written
+
+
+def _slot_positions(position: jax.Array, sink_slots: int, ring: int) -> jax.Array:
+    """Which token each cache slot holds after `position` [B] tokens, int32 [B, S + W]; negative where none."""
+    sink = jnp.arange(sink_slots, dtype=jnp.int32)[None, :]
+    sink = jnp.where(sink < position[:, None], sink, -1)
+    last = position[:, None] - 1  # the newest token
+    slot = jnp.arange(ring, dtype=jnp.int32)[None, :]
+    held = last - (last - sink_slots - slot) % ring
+    return jnp.concatenate([sink, jnp.where((held >= sink_slots) & (last >= sink_slots), held, -1)], axis=1)
+
+
+def causal_conv(
+    x: jax.Array, kernel: jax.Array, tail: jax.Array | None, segment_ids: jax.Array | None = None
+) -> jax.Array:
+    """Depthwise causal convolution: y[t] = sum_j kernel[K - 1 - j] * x[t - j].
+
+    Args:
+      x: [B, L, F]; kernel: [K, F].
+      tail: [B, K - 1, F], the K - 1 inputs before this call; None for the start of a sequence (zeros).
+      segment_ids: int32 [B, L]; taps in another document count as zero.
+
+    Returns:
+      [B, L, F] in x's dtype.
+    """
+    taps = kernel.shape[0]
+    if tail is None:
+        tail = jnp.zeros((x.shape[0], taps - 1, x.shape[2]), x.dtype)
+    padded = jnp.concatenate([tail.astype(x.dtype), x], axis=1)
+    length = x.shape[1]
+    y = jnp.zeros(x.shape, jnp.float32)
+    for back in range(taps):
+        shifted = padded[:, taps - 1 - back : taps - 1 - back + length]
+        if segment_ids is not None and back:
+            before = jnp.pad(segment_ids, ((0, 0), (back, 0)), constant_values=-1)[:, :length]
+            shifted = jnp.where((before == segment_ids)[..., None], shifted, 0)
+        y = y + shifted.astype(jnp.float32) * kernel[taps - 1 - back].astype(jnp.float32)
+    return y.astype(x.dtype)
+
+
+def conv_tail(x: jax.Array, tail: jax.Array, lengths: jax.Array) -> jax.Array:
+    """The last K - 1 real inputs of each row, [B, K - 1, F], after `lengths` [B] more of x [B, L, F]."""
+    padded = jnp.concatenate([tail, x.astype(tail.dtype)], axis=1)
+    index = lengths[:, None] + jnp.arange(tail.shape[1], dtype=jnp.int32)
+    return jnp.take_along_axis(padded, index[..., None], axis=1)
+
+
+def remember(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    lr: jax.Array,
+    momentum: jax.Array,
+    init: pallas_kernels.FastWeights,
+    state: pallas_kernels.MemoryState | None,
+    *,
+    chunk: int,
+    valid: jax.Array | None,
+    reset: jax.Array | None,
+) -> tuple[jax.Array, pallas_kernels.MemoryState]:
+    """The memory's read-outs [B, L, N, D] and its state afterwards; see `pallas_kernels.ttt_memory`."""
+    return pallas_kernels.ttt_memory(q, k, v, lr, momentum, init, state, chunk_size=chunk, valid=valid, reset=reset)
+
+
+def start_memory(
+    state: pallas_kernels.MemoryState, init: pallas_kernels.FastWeights, fresh: jax.Array
+) -> pallas_kernels.MemoryState:
+    """`state` with the rows of bool `fresh` [B], those that have seen no token yet, set to the initial weights."""
+    first = pallas_kernels.init_memory_state(init, fresh.shape[0])
+
+    def choose(new: jax.Array, old: jax.Array) -> jax.Array:
+        return jnp.where(fresh.reshape((-1,) + (1,) * (old.ndim - 1)), new, old)
+
+    return jax.tree.map(choose, first, state)

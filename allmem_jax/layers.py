@@ -1,0 +1,272 @@
+"""The Linen modules of one decoder layer: attention, memory, MLP.
+
+Parameters are plain arrays (no partitioning boxes), so the modules also live inside `nnx.bridge` hosts; what mesh axis
+each goes to is decided from its path (`allmem_jax.sharding`). Kernels are [in, out]. State is an argument and a result.
+
+    B batch    L tokens    d model    Hq, Hkv attention heads    D head dimension    N memory heads    H fast hidden size
+"""
+
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+import pallas_kernels
+from allmem_jax import config as config_lib
+from allmem_jax import functional
+
+Rope = tuple[jax.Array, jax.Array]
+
+
+class Shared(NamedTuple):
+    """What every layer of one call sees alike.
+
+    Attributes:
+      rope, local_rope: tables of the global and of the local layers; the same object where there are no local ones.
+      window, sinks: ints or int32 scalars; window None is no window (the original attention).
+      segment_ids: int32 [B, L] of packed documents, or None.
+      reset: bool [B, L], first tokens of documents, or None.
+      position, lengths: int32 [B] when decoding with a state, else None.
+    """
+
+    rope: Rope
+    local_rope: Rope
+    window: jax.Array | int | None
+    sinks: jax.Array | int
+    segment_ids: jax.Array | None = None
+    reset: jax.Array | None = None
+    position: jax.Array | None = None
+    lengths: jax.Array | None = None
+
+
+class LayerState(NamedTuple):
+    """One layer's part of `state.DecodeState`: keys, values [B, S + W, Hkv, D], conv [B, K - 1, F], memory."""
+
+    keys: jax.Array
+    values: jax.Array
+    conv: jax.Array | None
+    memory: pallas_kernels.MemoryState | None
+
+
+class Linear(nn.Module):
+    """x [..., in] @ kernel [in, out] + bias."""
+
+    features: int
+    use_bias: bool = False
+    kernel_init: Any = nn.initializers.lecun_normal()
+    bias_init: Any = nn.initializers.zeros
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Returns [..., out] in x's dtype."""
+        kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features))
+        bias = self.param("bias", self.bias_init, (self.features,)) if self.use_bias else None
+        return functional.linear(x, kernel, bias)
+
+
+class Head(nn.Module):
+    """Hidden states [..., d] to float32 logits [..., V] with a kernel of its own, where embeddings are not tied."""
+
+    features: int
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Returns float32 [..., V]."""
+        kernel = self.param("kernel", nn.initializers.normal(0.02), (x.shape[-1], self.features))
+        return functional.logits(x, kernel)
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * (offset + scale) over the last axis."""
+
+    eps: float
+    offset: float = 0.0
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Returns x's shape and dtype."""
+        start = nn.initializers.constant(1.0 - self.offset)
+        return functional.rms_norm(x, self.param("scale", start, (x.shape[-1],)), self.eps, self.offset)
+
+
+class CausalConv(nn.Module):
+    """The kernel of a causal depthwise convolution."""
+
+    taps: int
+
+    @nn.compact
+    def __call__(self, x: jax.Array, tail: jax.Array | None, segment_ids: jax.Array | None) -> jax.Array:
+        """x [B, L, F], tail [B, K - 1, F] or None -> [B, L, F]."""
+        init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+        kernel = self.param("kernel", init, (self.taps, x.shape[-1]))
+        return functional.causal_conv(x, kernel, tail, segment_ids)
+
+
+class Attention(nn.Module):
+    """The pretrained attention, restricted to a window and sinks. Its weights stay frozen when a model is converted."""
+
+    config: config_lib.ModelConfig
+
+    @nn.compact
+    def __call__(
+        self, x: jax.Array, is_local: jax.Array, state: LayerState | None, shared: Shared
+    ) -> tuple[jax.Array, Rope | None]:
+        """x [B, L, d], is_local bool [] -> [B, L, d] and the ring cache of keys and values (None without a state)."""
+        c = self.config
+        scale = c.head_dim**-0.5 if c.query_scale is None else c.query_scale
+
+        def heads(name: str, count: int) -> jax.Array:
+            projected = Linear(count * c.head_dim, c.qkv_bias, name=f"{name}_proj")(x)
+            return projected.reshape(*x.shape[:2], count, c.head_dim)
+
+        q, k, v = heads("q", c.n_heads), heads("k", c.n_kv_heads), heads("v", c.n_kv_heads)
+        if c.qk_norm:
+            q = RMSNorm(c.norm_eps, c.norm_offset, name="q_norm")(q)
+            k = RMSNorm(c.norm_eps, c.norm_offset, name="k_norm")(k)
+        rope, window, sinks = shared.rope, shared.window, shared.sinks
+        if window is None:
+            window, sinks = x.shape[1], 0
+        if any(c.local_layers):
+            assert c.local_window is not None
+            rope = tuple(jnp.where(is_local, a, b) for a, b in zip(shared.local_rope, rope, strict=True))
+            window = jnp.where(is_local, jnp.minimum(window, c.local_window), window)
+            sinks = jnp.where(is_local, 0, sinks)
+        q, k = functional.apply_rope(q, rope), functional.apply_rope(k, rope)
+        cache = None
+        if state is None:
+            out = functional.attend(q, k, v, window=window, sinks=sinks, segment_ids=shared.segment_ids, scale=scale)
+        else:
+            out, cache = functional.attend_cached(
+                q, k, v, (state.keys, state.values), shared.position, shared.lengths,
+                sink_slots=c.sinks, window=window, sinks=sinks, scale=scale,
+            )  # fmt: skip
+        return Linear(c.d_model, c.o_bias, name="o_proj")(out.reshape(*x.shape[:2], -1)), cache
+
+
+class Memory(nn.Module):
+    """The memory that learns at test time: projections, convolutions, and fast weights updated chunk by chunk.
+
+    `sow`s, under "intermediates", what tells a memory that diverges: the mean learning rate and momentum, and the
+    norms of the last fast weights and velocity relative to the initial weights'.
+    """
+
+    config: config_lib.ModelConfig
+
+    @nn.compact
+    def __call__(
+        self, x: jax.Array, state: LayerState | None, shared: Shared
+    ) -> tuple[jax.Array, tuple[jax.Array, pallas_kernels.MemoryState] | None]:
+        """x [B, L, d] (normalised) -> alpha * memory(x) [B, L, d], and the conv tail and memory state after it."""
+        c = self.config
+        shape = (*x.shape[:2], c.memory_heads, c.d_mem)
+        tail = None if state is None else state.conv
+        tails = (None,) * 3 if tail is None else jnp.split(tail, 3, axis=-1)
+        raw = [Linear(c.memory_heads * c.d_mem, name=f"{name}_proj")(x) for name in "qkv"]
+        q, k, v = (
+            CausalConv(c.conv_kernel, name=f"{name}_conv")(part, past, shared.segment_ids).reshape(shape)
+            for name, part, past in zip("qkv", raw, tails, strict=True)
+        )
+        norm = 1.0 if c.qk_scale == "l2" else c.d_mem**0.5
+        q = functional.l2_normalise(RMSNorm(c.norm_eps, name="q_norm")(q), norm)
+        k = functional.l2_normalise(RMSNorm(c.norm_eps, name="k_norm")(k), norm)
+        lr, momentum = self._rates(x)
+        init = self._initial_weights()
+
+        past = valid = None
+        if state is not None:
+            past = functional.start_memory(state.memory, init, shared.position == 0)
+            valid = jnp.arange(x.shape[1]) < shared.lengths[:, None]
+        out, after = functional.remember(
+            q, k, v, lr, momentum, init, past, chunk=c.chunk, valid=valid, reset=shared.reset
+        )
+        self._report(lr, momentum, init, after)
+        out = RMSNorm(c.norm_eps, name="out_norm")(out)
+        small = nn.initializers.variance_scaling(0.01, "fan_in", "normal")
+        gate = nn.sigmoid(Linear(c.memory_heads, kernel_init=small, name="gate_proj")(x).astype(jnp.float32))
+        out = (out * gate[..., None]).astype(x.dtype).reshape(*x.shape[:2], -1)
+        out = Linear(c.d_model, name="out_proj")(out)
+        alpha = self.param("alpha", nn.initializers.constant(c.alpha_init), (c.d_model,))
+        out = out * alpha.astype(x.dtype)
+        if state is None:
+            return out, None
+        return out, (functional.conv_tail(jnp.concatenate(raw, axis=-1), tail, shared.lengths), after)
+
+    def _rates(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Learning rates float32 [B, L, N, 3] (gate, up, down) and momentum float32 [B, L, N]."""
+        c = self.config
+        small = nn.initializers.variance_scaling(0.01, "fan_in", "normal")
+        lr_bias = nn.initializers.constant(jnp.log(jnp.expm1(c.lr_init)))
+        momentum_bias = nn.initializers.constant(jnp.log(c.momentum_init / (1 - c.momentum_init)))
+        lr = Linear(3 * c.memory_heads, True, small, lr_bias, name="lr_proj")(x)
+        momentum = Linear(c.memory_heads, True, small, momentum_bias, name="momentum_proj")(x)
+        lr = nn.softplus(lr.astype(jnp.float32)).reshape(*x.shape[:2], c.memory_heads, 3)
+        return (lr if c.write else 0.0 * lr), nn.sigmoid(momentum.astype(jnp.float32))
+
+    def _initial_weights(self) -> pallas_kernels.FastWeights:
+        c = self.config
+        up = (c.memory_heads, c.memory_hidden, c.d_mem)
+        down = (c.memory_heads, c.d_mem, c.memory_hidden)
+        fan_in = nn.initializers.variance_scaling(1.0, "fan_in", "normal", in_axis=-1, out_axis=-2, batch_axis=0)
+        return pallas_kernels.FastWeights(
+            gate=self.param("fast_gate", fan_in, up),
+            up=self.param("fast_up", fan_in, up),
+            down=self.param("fast_down", fan_in, down),
+        )
+
+    def _report(self, lr, momentum, init: pallas_kernels.FastWeights, after: pallas_kernels.MemoryState) -> None:
+        if self.is_initializing() or not self.is_mutable_collection("intermediates"):
+            return
+
+        def norm(weights: pallas_kernels.FastWeights) -> jax.Array:
+            return jnp.sqrt(sum(jnp.sum(jnp.square(leaf.astype(jnp.float32))) for leaf in weights))
+
+        start = norm(init) * after.count.shape[0] ** 0.5  # the state has a batch axis, init has none
+        stats = dict(lr=jnp.mean(lr), momentum=jnp.mean(momentum), weights=norm(after.weights) / start,
+                     velocity=norm(after.velocity) / start)  # fmt: skip
+        for name, value in stats.items():
+            self.sow("intermediates", name, value)
+
+
+class Mlp(nn.Module):
+    """The gated MLP of every supported family: down(act(gate x) * up x)."""
+
+    config: config_lib.ModelConfig
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[B, L, d] -> [B, L, d]."""
+        c = self.config
+        gate = Linear(c.d_ff, c.mlp_bias, name="gate_proj")(x)
+        up = Linear(c.d_ff, c.mlp_bias, name="up_proj")(x)
+        gate = nn.silu(gate) if c.activation == "silu" else nn.gelu(gate, approximate=True)
+        return Linear(c.d_model, c.mlp_bias, name="down_proj")(gate * up)
+
+
+class DecoderLayer(nn.Module):
+    """One layer, pre-norm: x + attention(n) + alpha * memory(n), then the MLP."""
+
+    config: config_lib.ModelConfig
+
+    @nn.compact
+    def __call__(
+        self, x: jax.Array, scanned: tuple[jax.Array, LayerState | None], shared: Shared
+    ) -> tuple[jax.Array, LayerState | None]:
+        """x [B, L, d]; scanned: is_local bool [] and this layer's state -> [B, L, d] and the state after it."""
+        c = self.config
+        is_local, state = scanned
+
+        def norm(name: str, value: jax.Array) -> jax.Array:
+            return RMSNorm(c.norm_eps, c.norm_offset, name=name)(value)
+
+        normed = norm("input_norm", x)
+        mixed, cache = Attention(c, name="attention")(normed, is_local, state, shared)
+        x = x + (norm("post_attention_norm", mixed) if c.sandwich_norms else mixed)
+        remembered = (None, None)
+        if c.mixer == "allmem":
+            added, after = Memory(c, name="memory")(normed, state, shared)
+            x = x + added
+            remembered = remembered if after is None else after
+        hidden = Mlp(c, name="mlp")(norm("mlp_norm", x))
+        x = x + (norm("post_mlp_norm", hidden) if c.sandwich_norms else hidden)
+        return x, None if cache is None else LayerState(*cache, *remembered)
