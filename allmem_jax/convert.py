@@ -1,0 +1,416 @@
+"""Pretrained checkpoints in, and back out: Hugging Face folders (safetensors) and GGUF files.
+
+The backbone of an exported folder is a valid Hugging Face model. Beside it lie `allmem_config.json` (the whole
+`ModelConfig`) and `allmem.safetensors` (the memory, by the paths of our parameter tree).
+"""
+
+import contextlib
+import json
+import os
+import pathlib
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import huggingface_hub
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import safetensors
+import safetensors.numpy
+import transformers
+
+from allmem_jax import config as config_lib
+from allmem_jax import families, gguf_reader, model
+from allmem_jax import tokenizer as tokenizer_lib
+
+ALLMEM_CONFIG = "allmem_config.json"
+ALLMEM_WEIGHTS = "allmem.safetensors"
+_WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
+_DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
+
+
+class Stored(NamedTuple):
+    """A tensor in a file: its name and shape there, and how to read it."""
+
+    name: str
+    shape: tuple[int, ...]
+    read: Callable[[], np.ndarray]
+
+
+def load_pretrained(
+    path: str | os.PathLike[str], *, dtype: str = "float32", **overrides: Any
+) -> tuple[config_lib.ModelConfig, dict[str, Any], transformers.PreTrainedTokenizerBase | None]:
+    """Loads a pretrained model, or one that `save_pretrained` wrote.
+
+    Args:
+      path: a Hugging Face folder with safetensors weights, or a GGUF file.
+      dtype: "float32" or "bfloat16", of the backbone's parameters and of the config's arithmetic. The memory's
+        parameters are always float32.
+      **overrides: fields of `ModelConfig`, e.g. `window=128`.
+
+    Returns:
+      The config, the parameters and the tokenizer (None where the folder has none). The parameters are nested dicts of
+      jax arrays; they hold `layers/memory` only when the folder was written by `save_pretrained` with a memory.
+
+    Raises:
+      FileNotFoundError: no such file or folder, or one without weights.
+      ValueError: the files are damaged, or do not make a supported model. Unused, missing, doubly matched and
+        wrongly shaped tensors come as one error that lists them all.
+    """
+    path = pathlib.Path(path).expanduser()
+    if dtype not in _DTYPES:
+        raise ValueError(f"dtype={dtype!r} is not one of {', '.join(map(repr, _DTYPES))}")
+    overrides["dtype"] = dtype
+    if path.is_dir():
+        config, params = _load_folder(path, overrides)
+    elif path.is_file():
+        config, params = _load_gguf(path, overrides)
+    else:
+        raise FileNotFoundError(f"{path}: no such file or folder; give a local Hugging Face folder or a .gguf file")
+    return config, params, tokenizer_lib.load_tokenizer(path)
+
+
+def _load_gguf(path: pathlib.Path, overrides: dict[str, Any]) -> tuple[config_lib.ModelConfig, dict[str, Any]]:
+    _refuse_pointer(path)
+    if path.suffix == ".safetensors":
+        raise ValueError(f"{path} holds weights alone; give the folder that has its config.json too")
+    file = gguf_reader.open_gguf(path)
+    shapes = {name: tensor.shape for name, tensor in file.tensors.items()}
+    factors = file.read("rope_freqs.weight") if "rope_freqs.weight" in shapes else None
+    with _naming(path):
+        config = families.config_from_gguf(file.metadata, shapes, factors).replace(**overrides)
+    stored = [Stored(name, shape, lambda name=name: file.read(name)) for name, shape in shapes.items()]
+    return config, _build(path, config, stored, families.GGUF_RULES[config.family])
+
+
+def _load_folder(path: pathlib.Path, overrides: dict[str, Any]) -> tuple[config_lib.ModelConfig, dict[str, Any]]:
+    if not (path / "config.json").is_file():
+        found = sorted(path.glob("*.gguf"))
+        hint = f"give the file itself: {found[0]}" if found else "give a Hugging Face folder or a .gguf file"
+        raise FileNotFoundError(f"{path} has no config.json; {hint}")
+    with _naming(path / "config.json"):
+        config = families.config_from_hf(_read_json(path / "config.json"))
+    if (path / ALLMEM_CONFIG).is_file():
+        with _naming(path / ALLMEM_CONFIG):
+            saved = config_lib.ModelConfig.from_json((path / ALLMEM_CONFIG).read_text())
+        if differing := families.differing_fields(saved, config):
+            raise ValueError(f"{path / ALLMEM_CONFIG} is of another model than config.json: {', '.join(differing)}")
+        config = saved
+    config = config.replace(**overrides)
+    with contextlib.ExitStack() as files:
+        stored = [tensor for file in _weight_files(path) for tensor in _open_safetensors(file, files)]
+        params = _build(path, config, stored, families.HF_RULES[config.family])
+        if (path / ALLMEM_WEIGHTS).is_file():
+            memory = _open_safetensors(path / ALLMEM_WEIGHTS, files)
+            params["layers"]["memory"] = _build_memory(path / ALLMEM_WEIGHTS, config, memory)
+    return config, params
+
+
+@contextlib.contextmanager
+def _naming(path: pathlib.Path) -> Iterator[None]:
+    """Puts the file's name before errors about its contents."""
+    try:
+        yield
+    except (ValueError, TypeError, KeyError, ZeroDivisionError) as error:
+        detail = str(error) if isinstance(error, ValueError) else f"malformed ({error!r})"
+        raise ValueError(f"{path}: {detail}") from error
+
+
+def _read_json(path: pathlib.Path) -> dict[str, Any]:
+    try:
+        contents = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"not valid JSON: {error}") from None
+    if not isinstance(contents, dict):
+        raise ValueError(f"holds a {type(contents).__name__}, not an object")
+    return contents
+
+
+def _refuse_pointer(path: pathlib.Path) -> None:
+    with path.open("rb") as file:
+        if file.read(24).startswith(b"version https://git-lfs"):
+            raise ValueError(f"{path} is a Git LFS pointer, not the file itself; run `git lfs pull` in its folder")
+
+
+def _weight_files(folder: pathlib.Path) -> list[pathlib.Path]:
+    """The safetensors files of a model, from its index where it has one."""
+    if not (folder / _INDEX).is_file():
+        if (folder / _WEIGHTS).is_file():
+            return [folder / _WEIGHTS]
+        hint = "; pickled .bin weights are not read, convert them to safetensors" if any(folder.glob("*.bin")) else ""
+        raise FileNotFoundError(f"{folder} has neither {_WEIGHTS} nor {_INDEX}{hint}")
+    with _naming(folder / _INDEX):
+        weight_map = _read_json(folder / _INDEX).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise ValueError("has no weight_map")
+        names = sorted(set(map(str, weight_map.values())))
+        if bad := [name for name in names if name in (".", "..") or "/" in name or "\\" in name]:
+            raise ValueError(f"shard names must be plain file names in this folder, not {', '.join(map(repr, bad))}")
+    if absent := [name for name in names if not (folder / name).is_file()]:
+        raise FileNotFoundError(f"{folder} lacks shards that {_INDEX} lists: {', '.join(absent)}")
+    return [folder / name for name in names]
+
+
+def _open_safetensors(path: pathlib.Path, files: contextlib.ExitStack) -> list[Stored]:
+    """The tensors of one file, which stays open until `files` closes."""
+    _refuse_pointer(path)
+    try:
+        file = files.enter_context(safetensors.safe_open(path, framework="np"))
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"{path}: truncated or damaged safetensors file ({error}); fetch it again") from None
+    stored = []
+    for name in file.keys():  # noqa: SIM118 (not a dict)
+        view = file.get_slice(name)
+        if view.get_dtype() not in ("F64", "F32", "F16", "BF16"):
+            raise ValueError(f"{path}: tensor {name!r} has the unsupported dtype {view.get_dtype()}")
+        stored.append(Stored(name, tuple(view.get_shape()), lambda name=name: file.get_tensor(name)))
+    return stored
+
+
+def _build(
+    source: pathlib.Path, config: config_lib.ModelConfig, stored: list[Stored], rules: tuple[families.Rule, ...]
+) -> dict[str, Any]:
+    """The backbone's parameters: every tensor to its place, layers stacked."""
+    shapes = families.param_shapes(config)
+    slots: dict[tuple[str, int | None], tuple[Stored, str]] = {}
+    problems: dict[str, list[str]] = {"unused": [], "matched twice": [], "wrong shape": [], "missing": []}
+    head: Stored | None = None
+    for tensor in stored:
+        if families.IGNORED.fullmatch(tensor.name):
+            continue
+        found = families.to_path(rules, tensor.name)
+        path, layer, transform = found or ("", None, "")
+        if path == "lm_head/kernel" and config.tie_embeddings:
+            head = tensor
+        elif path not in shapes or (layer is not None and layer >= config.n_layers):
+            problems["unused"].append(tensor.name)
+        elif (path, layer) in slots:
+            problems["matched twice"].append(f"{tensor.name} and {slots[path, layer][0].name} are both {path}")
+        else:
+            slots[path, layer] = (tensor, transform)
+            wanted = shapes[path] if layer is None else shapes[path][1:]
+            wanted = wanted if transform in ("", "minus_one") else wanted[::-1]
+            if tensor.shape != wanted:
+                problems["wrong shape"].append(f"{tensor.name} is {tensor.shape}, the config wants {wanted}")
+    for path in shapes:
+        for layer in range(config.n_layers) if path.startswith("layers/") else (None,):
+            if (path, layer) not in slots:
+                problems["missing"].append(_file_name(rules, path, layer))
+    _raise_problems(source, problems)
+    params = _fill(source, config, shapes, slots)
+    if head is not None:
+        _check_tied(source, head, params["embed/embedding"])
+    return _nest(params)
+
+
+def _file_name(rules: tuple[families.Rule, ...], path: str, layer: int | None) -> str:
+    try:
+        return families.to_name(rules, path, layer)[0]
+    except KeyError:
+        return f"{path} (which no rule of this file format names)"
+
+
+def _raise_problems(source: pathlib.Path, problems: Mapping[str, list[str]]) -> None:
+    lines = [f"  {kind}: {item}" for kind, items in problems.items() for item in items]
+    if lines:
+        raise ValueError(f"{source}: {len(lines)} tensors do not fit the config:\n" + "\n".join(lines))
+
+
+def _fill(
+    source: pathlib.Path,
+    config: config_lib.ModelConfig,
+    shapes: Mapping[str, tuple[int, ...]],
+    slots: Mapping[tuple[str, int | None], tuple[Stored, str]],
+) -> dict[str, jax.Array]:
+    """Reads one parameter after another, so that no more than one is held twice."""
+    params, broken = {}, []
+    for path, shape in shapes.items():
+        target = np.empty(shape, _DTYPES[config.dtype])
+        for layer in range(config.n_layers) if path.startswith("layers/") else (None,):
+            tensor, transform = slots[path, layer]
+            array = tensor.read()
+            if not np.isfinite(array).all():
+                broken.append(tensor.name)
+            target[... if layer is None else layer] = families.to_param(array, transform, config.head_dim)
+        params[path] = jnp.asarray(target)
+    if broken:
+        raise ValueError(f"{source}: NaN or infinite weights in {', '.join(broken)}")
+    return params
+
+
+def _check_tied(source: pathlib.Path, head: Stored, embedding: jax.Array) -> None:
+    if head.shape != embedding.shape or not np.array_equal(head.read().astype(embedding.dtype), np.asarray(embedding)):
+        raise ValueError(
+            f"{source}: {head.name} differs from the embedding although config.json says tie_word_embeddings; "
+            "set tie_word_embeddings to false there if the head is meant to be its own"
+        )
+
+
+def _build_memory(source: pathlib.Path, config: config_lib.ModelConfig, stored: list[Stored]) -> dict[str, Any]:
+    """The tree under `layers/memory`, held against the shapes that the model itself has."""
+    shapes = {path: leaf.shape for path, leaf in _flatten(_abstract_memory(config)).items()}
+    by_name = {tensor.name.removeprefix("layers/memory/"): tensor for tensor in stored}
+    problems = {
+        "unused": sorted(set(by_name) - set(shapes)),
+        "wrong shape": [
+            f"{name} is {tensor.shape}, the config wants {shapes[name]}"
+            for name, tensor in by_name.items()
+            if name in shapes and tensor.shape != shapes[name]
+        ],
+        "missing": sorted(set(shapes) - set(by_name)),
+    }
+    _raise_problems(source, problems)
+    arrays = {name: by_name[name].read().astype(np.float32) for name in shapes}
+    if broken := [name for name, array in arrays.items() if not np.isfinite(array).all()]:
+        raise ValueError(f"{source}: NaN or infinite weights in {', '.join(broken)}")
+    return _nest({name: jnp.asarray(array) for name, array in arrays.items()})
+
+
+def _abstract_memory(config: config_lib.ModelConfig) -> dict[str, Any]:
+    """The shapes under `layers/memory`."""
+    return jax.eval_shape(lambda: model.init_memory(config))["layers"]["memory"]
+
+
+def _nest(flat: Mapping[str, Any]) -> dict[str, Any]:
+    tree: dict[str, Any] = {}
+    for path, leaf in flat.items():
+        *parents, last = path.split("/")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[last] = leaf
+    return tree
+
+
+def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= _flatten(value, f"{prefix}{key}/") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return flat
+
+
+def save_pretrained(
+    path: str | os.PathLike[str],
+    config: config_lib.ModelConfig,
+    params: Mapping[str, Any],
+    tokenizer: transformers.PreTrainedTokenizerBase | None = None,
+    *,
+    dtype: str | None = None,
+    max_shard_size: int | str = "5GB",
+    overwrite: bool = False,
+) -> None:
+    """Writes a folder that `load_pretrained` reads, and whose backbone transformers reads.
+
+    The folder is written beside `path` and renamed when it is complete, so a failure leaves `path` as it was.
+
+    Args:
+      path: the folder; it must not exist, or be empty, unless `overwrite`.
+      config: the model's config.
+      params: its parameters, with or without `layers/memory`.
+      tokenizer: saved too when given.
+      dtype: "float32" or "bfloat16", of the backbone's tensors; None keeps that of the parameters.
+      max_shard_size: backbones above this size are split, e.g. "5GB".
+      overwrite: replace what `path` holds.
+
+    Raises:
+      FileExistsError: `path` is taken.
+      ValueError: the parameters do not fit the config, or no Hugging Face class can express it.
+    """
+    path = pathlib.Path(path).expanduser().absolute()
+    if path.exists() and not path.is_dir():
+        raise FileExistsError(f"{path} is a file; give the name of a folder")
+    if path.exists() and any(path.iterdir()) and not overwrite:
+        raise FileExistsError(f"{path} is not empty; give another folder, or overwrite=True to replace it")
+    flat = _flatten(params)
+    memory = {name: np.asarray(leaf, np.float32) for name, leaf in flat.items() if name.startswith("layers/memory/")}
+    backbone = {name: leaf for name, leaf in flat.items() if name not in memory}
+    raw = families.config_to_hf(config)
+    np_dtype = _DTYPES[dtype or str(backbone["embed/embedding"].dtype)]
+    raw["torch_dtype"] = np_dtype.name
+    if tokenizer is not None:
+        raw |= {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = pathlib.Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    try:
+        _write_backbone(part, config, backbone, np_dtype, max_shard_size)
+        (part / "config.json").write_text(json.dumps(raw, indent=2) + "\n")
+        (part / ALLMEM_CONFIG).write_text(config.to_json() + "\n")
+        if memory:
+            safetensors.numpy.save_file(memory, part / ALLMEM_WEIGHTS)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(part)
+        part.chmod(0o755)
+        _replace_folder(part, path)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+class _Piece(NamedTuple):
+    """A tensor to be written: one layer of a parameter, or a whole one."""
+
+    path: str
+    layer: int | None
+    transform: str
+    n_bytes: int
+
+
+def _write_backbone(
+    folder: pathlib.Path,
+    config: config_lib.ModelConfig,
+    backbone: Mapping[str, Any],
+    dtype: np.dtype,
+    max_shard_size: int | str,
+) -> None:
+    """Writes the safetensors files and, when there are several, their index."""
+    shapes = families.param_shapes(config)
+    _raise_problems(folder, {
+        "unused": sorted(set(backbone) - set(shapes)),
+        "missing": sorted(set(shapes) - set(backbone)),
+        "wrong shape": [
+            f"{path} is {backbone[path].shape}, the config wants {shape}"
+            for path, shape in shapes.items()
+            if path in backbone and backbone[path].shape != shape
+        ],
+    })  # fmt: skip
+    pieces: dict[str, _Piece] = {}
+    for path, shape in shapes.items():
+        stacked = path.startswith("layers/")
+        for layer in range(config.n_layers) if stacked else (None,):
+            name, transform = families.to_name(families.HF_RULES[config.family], path, layer)
+            pieces[name] = _Piece(path, layer, transform, int(np.prod(shape[stacked:])) * dtype.itemsize)
+    split = huggingface_hub.split_state_dict_into_shards_factory(
+        pieces,
+        get_storage_size=lambda piece: piece.n_bytes,
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=max_shard_size,
+    )
+    for file_name, names in split.filename_to_tensors.items():
+        arrays = {name: _piece_array(backbone, pieces[name], dtype) for name in names}
+        safetensors.numpy.save_file(arrays, folder / file_name, metadata={"format": "pt"})
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        (folder / _INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _piece_array(backbone: Mapping[str, Any], piece: _Piece, dtype: np.dtype) -> np.ndarray:
+    array = np.asarray(backbone[piece.path])
+    array = array if piece.layer is None else array[piece.layer]
+    return np.ascontiguousarray(array.T if piece.transform == "transpose" else array, dtype)
+
+
+def _replace_folder(part: pathlib.Path, path: pathlib.Path) -> None:
+    """Renames `part` to `path`; what `path` held is put back if that fails, and removed if it succeeds."""
+    if not path.exists() or not any(path.iterdir()):
+        os.replace(part, path)
+        return
+    old = pathlib.Path(tempfile.mkdtemp(prefix=f".{path.name}.old.", dir=path.parent))
+    os.replace(path, old)
+    try:
+        os.replace(part, path)
+    except OSError:
+        os.replace(old, path)
+        raise
+    shutil.rmtree(old)

@@ -1,0 +1,157 @@
+"""Tokenizers and chat templates, from a Hugging Face folder or out of a GGUF file.
+
+A GGUF file holds a vocabulary, merges and a template, not a tokenizer: it is put together here with the `tokenizers`
+package, the way llama.cpp reads the same fields. Nothing here needs torch or a network.
+"""
+
+import os
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import tokenizers
+import transformers
+from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
+
+from allmem_jax import gguf_reader
+
+_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
+_CONTROL, _USER_DEFINED = 3, 4  # token types of llama.cpp
+_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+"
+_REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+_TEKKEN = (
+    rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*"
+    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+# How text is cut before merging, by `tokenizer.ggml.pre`; None is GPT-2's own pattern.
+_SPLITS: dict[str, str | None] = {
+    "default": None,
+    "gpt-2": None,
+    "smollm": None,
+    "llama-bpe": _WORDS + r"|\p{N}{1,3}" + _REST,
+    "llama3": _WORDS + r"|\p{N}{1,3}" + _REST,
+    "llama-v3": _WORDS + r"|\p{N}{1,3}" + _REST,
+    "qwen2": _WORDS + r"|\p{N}" + _REST,
+    "deepseek-r1-qwen": _WORDS + r"|\p{N}" + _REST,
+    "tekken": _TEKKEN,
+}
+# These put the first token before a text where the file does not say, and take a whole word that is a token as it is.
+_LLAMA3_LIKE = ("llama-bpe", "llama3", "llama-v3", "tekken")
+
+
+def load_tokenizer(path: str | os.PathLike[str]) -> transformers.PreTrainedTokenizerBase | None:
+    """The tokenizer of a Hugging Face folder or a GGUF file; None when a folder has no tokenizer files.
+
+    Raises:
+      ValueError: the tokenizer is damaged or of an unsupported kind.
+    """
+    path = pathlib.Path(path).expanduser()
+    if path.is_file():
+        return from_gguf(gguf_reader.open_gguf(path))
+    if not any((path / name).is_file() for name in _FILES):
+        return None
+    try:
+        return transformers.AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # transformers and tokenizers raise bare Exceptions for damaged files
+        raise ValueError(f"{path}: cannot load the tokenizer: {error}") from error
+
+
+def from_gguf(file: gguf_reader.GGUFFile) -> transformers.PreTrainedTokenizerFast:
+    """Builds the tokenizer that a GGUF file's metadata describes."""
+    prefix = "tokenizer.ggml."
+    fields = {key.removeprefix(prefix): value for key, value in file.metadata.items() if key.startswith(prefix)}
+    kind, pre, tokens = fields.get("model"), fields.get("pre", "default"), fields.get("tokens")
+    if kind not in ("gpt2", "llama") or not isinstance(tokens, list):
+        raise ValueError(f"{file.path}: tokenizer {kind!r} is not supported; supported in GGUF: 'gpt2', 'llama'")
+    if kind == "gpt2" and pre not in _SPLITS:
+        raise ValueError(f"{file.path}: pre-tokenizer {pre!r} is not supported; supported: {', '.join(_SPLITS)}")
+    special = {
+        f"{name}_token": tokens[fields[key]]
+        for name, key in (("bos", "bos_token_id"), ("eos", "eos_token_id"), ("unk", "unknown_token_id"),
+                          ("pad", "padding_token_id"))
+        if fields.get(key, len(tokens)) < len(tokens)
+    }  # fmt: skip
+    if kind == "gpt2":
+        backend = _byte_level(fields, pre)
+    else:
+        gemma = str(file.metadata.get("general.architecture")).startswith("gemma")
+        backend = _sentencepiece(fields, special.get("unk_token"), gemma)
+    _add_special(backend, tokens, fields.get("token_type", ()))
+    bos = special.get("bos_token")
+    if bos and fields.get("add_bos_token", kind == "llama" or pre in _LLAMA3_LIKE):
+        backend.post_processor = processors.Sequence([
+            *([backend.post_processor] if backend.post_processor else []),
+            processors.TemplateProcessing(
+                single=[bos, "$A"], pair=[bos, "$A", bos, "$B:1"], special_tokens=[(bos, fields["bos_token_id"])]
+            ),
+        ])  # fmt: skip
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=backend, clean_up_tokenization_spaces=False, **special
+    )
+    tokenizer.chat_template = file.metadata.get("tokenizer.chat_template")
+    return tokenizer
+
+
+def _byte_level(fields: Mapping[str, Any], pre: str) -> tokenizers.Tokenizer:
+    """Byte-level BPE, as GPT-2, Llama 3, Qwen and SmolLM have it."""
+    vocab = {token: index for index, token in enumerate(fields["tokens"])}
+    merges = [tuple(merge.split(" ")) for merge in fields.get("merges", ())]
+    backend = tokenizers.Tokenizer(models.BPE(vocab, merges, ignore_merges=pre in _LLAMA3_LIKE))
+    split = _SPLITS[pre]
+    if pre == "smollm":
+        first = [pre_tokenizers.Digits(individual_digits=True)]
+    else:
+        first = [pre_tokenizers.Split(tokenizers.Regex(split), behavior="isolated")] if split else []
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=split is None)
+    backend.pre_tokenizer = pre_tokenizers.Sequence([*first, byte_level])
+    if "qwen" in pre:
+        backend.normalizer = normalizers.NFC()
+    backend.decoder = decoders.ByteLevel()
+    return backend
+
+
+def _sentencepiece(fields: Mapping[str, Any], unknown: str | None, gemma: bool) -> tokenizers.Tokenizer:
+    """BPE over text in which "\u2581" stands for a space, as Llama 2, Mistral and Gemma have it."""
+    tokens = fields["tokens"]
+    if gemma:  # runs of spaces are stored as such, and scores do not follow the order of the merges
+        tokens = ["\u2581" * len(token) if token and not token.strip(" ") else token for token in tokens]
+    ranks = range(len(tokens)) if gemma else [-score for score in fields.get("scores", range(0, -len(tokens), -1))]
+    vocab = {token: index for index, token in enumerate(tokens)}
+    merges = (
+        [tuple(merge.split(" ")) for merge in fields["merges"]] if "merges" in fields else _merges(tokens, vocab, ranks)
+    )
+    backend = tokenizers.Tokenizer(models.BPE(vocab, merges, unk_token=unknown, fuse_unk=True, byte_fallback=True))
+    decode = [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()]
+    if gemma:
+        backend.normalizer = normalizers.Replace(" ", "\u2581")
+        backend.pre_tokenizer = pre_tokenizers.Split(" ", behavior="merged_with_previous")
+    else:
+        prefix = bool(fields.get("add_space_prefix", True))
+        scheme = "first" if prefix else "never"
+        backend.pre_tokenizer = pre_tokenizers.Metaspace("\u2581", prepend_scheme=scheme, split=False)
+        decode += [decoders.Strip(" ", left=1)] if prefix else []
+    backend.decoder = decoders.Sequence(decode)
+    return backend
+
+
+def _merges(tokens: Sequence[str], vocab: Mapping[str, int], ranks: Sequence[float]) -> list[tuple[str, str]]:
+    """The merges that a vocabulary implies: every cut of a token into two tokens, in the order of the ranks."""
+    found = []
+    for token, rank in zip(tokens, ranks, strict=True):
+        for cut in range(1, len(token)):
+            left, right = token[:cut], token[cut:]
+            if left in vocab and right in vocab:
+                found.append((rank, len(left), len(right), vocab[left], left, right))
+    return [(left, right) for *_, left, right in sorted(found)]
+
+
+def _add_special(backend: tokenizers.Tokenizer, tokens: Sequence[str], types: Sequence[int]) -> None:
+    """Marks the tokens that text is never cut inside of: control tokens, and those that the vocabulary's author added."""
+    control, added = [], []
+    for token, kind in zip(tokens, types, strict=False):
+        if kind in (_CONTROL, _USER_DEFINED) and backend.token_to_id(token) is not None:
+            special = bool(kind == _CONTROL)
+            (control if special else added).append(tokenizers.AddedToken(token, normalized=False, special=special))
+    backend.add_special_tokens(control)
+    backend.add_tokens(added)
