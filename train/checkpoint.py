@@ -1,0 +1,120 @@
+"""Checkpoints of a run: what is trained, never the frozen backbone. The only module that touches orbax.
+
+A checkpoint holds the arrays (memory, optimiser, counters), a small JSON record (where the data stream stands) and,
+as metadata, the run's identity: everything that a continuation must share to give the same losses, with a hash of the
+backbone in place of its arrays. Identity and shapes are compared before an array is read.
+"""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from orbax.checkpoint import v1 as ocp
+
+from allmem_jax import sharding
+
+Identity = dict[str, Any]
+
+
+class CheckpointMismatch(ValueError):
+    """The checkpoint belongs to another run: another recipe, another backbone or other shapes."""
+
+
+class Checkpoints:
+    """The checkpoints of one run, in one folder; a context manager.
+
+    Saving is atomic: a step exists completely or not at all, and what a killed process left half-written is removed
+    when the folder is opened again.
+
+    Args:
+      directory: created when missing.
+      identity: JSON values that a checkpoint must agree on with the run that reads it.
+      keep: how many of the newest steps stay.
+    """
+
+    def __init__(self, directory: str | os.PathLike[str], identity: Identity, keep: int = 2):
+        if keep < 1:
+            raise ValueError(f"keep={keep} must be at least 1")
+        self._identity = json.loads(json.dumps(identity))  # what it will look like when read back
+        self._manager = ocp.training.Checkpointer(
+            Path(directory).absolute(),
+            save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
+            preservation_policy=ocp.training.preservation_policies.LatestN(keep),
+            cleanup_tmp_directories=True,
+        )
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._manager.close()
+
+    @property
+    def steps(self) -> list[int]:
+        """Steps on disk, oldest first."""
+        return [checkpoint.step for checkpoint in self._manager.checkpoints]
+
+    def save(self, step: int, arrays: Any, record: dict[str, Any]) -> None:
+        """Writes one step and returns when it is complete; a step that is there already stays as it is.
+
+        Args:
+          step: number of steps done.
+          arrays: pytree of `jax.Array`.
+          record: JSON values.
+        """
+        if step in self.steps:
+            return
+        metadata = {"identity": self._identity, "shapes": _shapes(arrays), "record": record}
+        self._manager.save_checkpointables(step, {"arrays": arrays}, custom_metadata=metadata)
+
+    def restore(self, like: Any, step: int | None = None) -> tuple[int, Any, dict[str, Any]] | None:
+        """The newest checkpoint (or that of `step`), placed as `like` is; None when there is none.
+
+        Args:
+          like: arrays of the expected shapes, dtypes and shardings; their values are not used.
+          step: one of `steps`; None takes the newest.
+
+        Raises:
+          CheckpointMismatch: it was written by another run; every difference is named with both values.
+        """
+        if not self.steps:
+            return None
+        step = self.steps[-1] if step is None else step
+        metadata = self._manager.checkpointables_metadata(step).custom_metadata
+        differences = _differences(metadata["identity"], self._identity)
+        differences += _differences(metadata["shapes"], _shapes(like))
+        if differences:
+            raise CheckpointMismatch(
+                f"the checkpoint in {self._manager.directory} is of another run: {'; '.join(differences[:8])}"
+                f"{' ...' if len(differences) > 8 else ''}. Use another output folder, or the settings it was made with"
+            )
+        abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like)
+        arrays = self._manager.load_checkpointables(step, {"arrays": abstract})["arrays"]
+        return step, arrays, metadata["record"]
+
+
+def content_hash(tree: Any) -> str:
+    """sha256 over paths, dtypes, shapes and bytes of all arrays: equal for equal parameters, wherever they lie."""
+    digest = hashlib.sha256()
+    for path, leaf in sorted((sharding.path_string(p), x) for p, x in jax.tree_util.tree_leaves_with_path(tree)):
+        value = np.ascontiguousarray(leaf)
+        digest.update(f"{path} {value.dtype} {value.shape}\n".encode())
+        digest.update(value.view(np.uint8).data)
+    return digest.hexdigest()
+
+
+def _shapes(tree: Any) -> dict[str, str]:
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {sharding.path_string(path): f"{leaf.dtype}{list(leaf.shape)}" for path, leaf in leaves}
+
+
+def _differences(saved: Identity, current: Identity) -> list[str]:
+    return [
+        f"{name} is {saved.get(name, 'absent')} there and {current.get(name, 'absent')} here"
+        for name in sorted(saved.keys() | current.keys())
+        if saved.get(name, "absent") != current.get(name, "absent")
+    ]
