@@ -5,6 +5,7 @@ The backbone of an exported folder is a valid Hugging Face model. Beside it lie 
 """
 
 import contextlib
+import functools
 import json
 import os
 import pathlib
@@ -78,11 +79,13 @@ def _load_gguf(path: pathlib.Path, overrides: dict[str, Any]) -> tuple[config_li
     if path.suffix == ".safetensors":
         raise ValueError(f"{path} holds weights alone; give the folder that has its config.json too")
     file = gguf_reader.open_gguf(path)
+    if file.metadata.get("split.count", 1) != 1:
+        raise ValueError(f"{path} is one of {file.metadata['split.count']} parts; merge them with llama-gguf-split")
     shapes = {name: tensor.shape for name, tensor in file.tensors.items()}
     factors = file.read("rope_freqs.weight") if "rope_freqs.weight" in shapes else None
     with _naming(path):
         config = families.config_from_gguf(file.metadata, shapes, factors).replace(**overrides)
-    stored = [Stored(name, shape, lambda name=name: file.read(name)) for name, shape in shapes.items()]
+    stored = [Stored(name, shape, functools.partial(file.read, name)) for name, shape in shapes.items()]
     return config, _build(path, config, stored, families.GGUF_RULES[config.family])
 
 
@@ -91,6 +94,9 @@ def _load_folder(path: pathlib.Path, overrides: dict[str, Any]) -> tuple[config_
         found = sorted(path.glob("*.gguf"))
         hint = f"give the file itself: {found[0]}" if found else "give a Hugging Face folder or a .gguf file"
         raise FileNotFoundError(f"{path} has no config.json; {hint}")
+    for file in sorted(path.iterdir()):
+        if file.is_file():
+            _refuse_pointer(file)
     with _naming(path / "config.json"):
         config = families.config_from_hf(_read_json(path / "config.json"))
     if (path / ALLMEM_CONFIG).is_file():
@@ -115,7 +121,7 @@ def _naming(path: pathlib.Path) -> Iterator[None]:
     try:
         yield
     except (ValueError, TypeError, KeyError, ZeroDivisionError) as error:
-        detail = str(error) if isinstance(error, ValueError) else f"malformed ({error!r})"
+        detail = f"lacks {error}" if isinstance(error, KeyError) else str(error)
         raise ValueError(f"{path}: {detail}") from error
 
 
@@ -156,7 +162,6 @@ def _weight_files(folder: pathlib.Path) -> list[pathlib.Path]:
 
 def _open_safetensors(path: pathlib.Path, files: contextlib.ExitStack) -> list[Stored]:
     """The tensors of one file, which stays open until `files` closes."""
-    _refuse_pointer(path)
     try:
         file = files.enter_context(safetensors.safe_open(path, framework="np"))
     except safetensors.SafetensorError as error:
@@ -166,7 +171,7 @@ def _open_safetensors(path: pathlib.Path, files: contextlib.ExitStack) -> list[S
         view = file.get_slice(name)
         if view.get_dtype() not in ("F64", "F32", "F16", "BF16"):
             raise ValueError(f"{path}: tensor {name!r} has the unsupported dtype {view.get_dtype()}")
-        stored.append(Stored(name, tuple(view.get_shape()), lambda name=name: file.get_tensor(name)))
+        stored.append(Stored(name, tuple(view.get_shape()), functools.partial(file.get_tensor, name)))
     return stored
 
 

@@ -1,8 +1,8 @@
 """What the supported families call things: tensor names and config fields, in Hugging Face and GGUF files.
 
-A family is a table of rules `(name in the file, path of our parameter, transform)`. In both, `{i}` stands for the layer
-and `{p}` for a projection; a rule is therefore a regular expression in either direction. Paths are those of the parameter
-tree joined by "/", with the layers stacked on a leading axis.
+A family is a table of rules `(name in the file, path of our parameter, transform)`. In both, `{i}` stands for the
+layer and `{p}` for a projection, so a rule is a regular expression in either direction. Paths are those of the
+parameter tree joined by "/", with the layers stacked on a leading axis.
 """
 
 import dataclasses
@@ -168,6 +168,7 @@ def param_shapes(config: config_lib.ModelConfig) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
+_MOST_LAYERS = 10_000  # more is taken for damage, before anything is sized by it
 _ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
 # Defaults of the Hugging Face config classes, for the fields that published files leave out.
 _LLAMA_DEFAULTS = dict(rms_norm_eps=1e-6, hidden_act="silu", tie_word_embeddings=False, max_position_embeddings=2048)
@@ -204,8 +205,10 @@ def config_from_hf(raw: Mapping[str, Any]) -> config_lib.ModelConfig:
         key: value for key, value in raw.items() if value is not None or key == "sliding_window"
     }
     wanted = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
-    if missing := [key for key in wanted if key not in raw]:
-        raise ValueError(f"config.json lacks {', '.join(missing)}")
+    if bad := [f"{key}={raw.get(key)!r}" for key in wanted if type(raw.get(key)) is not int]:
+        raise ValueError(f"config needs whole numbers in {', '.join(bad)}")
+    if raw["num_hidden_layers"] > _MOST_LAYERS:
+        raise ValueError(f"num_hidden_layers={raw['num_hidden_layers']} is beyond {_MOST_LAYERS}; is the file damaged?")
     gemma = family == "gemma3_text"
     act = raw["hidden_activation" if gemma else "hidden_act"]
     if act not in _ACTIVATIONS:
@@ -276,6 +279,8 @@ def _local_layers(raw: Mapping[str, Any], family: str) -> tuple[bool, ...]:
         return ()
     if family == "mistral":
         local = (window is not None,) * n_layers
+    elif family != "gemma3_text" and not (raw.get("use_sliding_window") and window is not None):
+        local = ()
     elif types is not None:
         if unknown := sorted(set(types) - {"full_attention", "sliding_attention"}):
             raise ValueError(f"layer_types {unknown} are not supported; supported: full_attention, sliding_attention")
@@ -283,16 +288,15 @@ def _local_layers(raw: Mapping[str, Any], family: str) -> tuple[bool, ...]:
     elif family == "gemma3_text":
         local = tuple((layer + 1) % raw["sliding_window_pattern"] != 0 for layer in range(n_layers))
     else:
-        uses = raw.get("use_sliding_window", False) and window is not None
-        local = tuple(uses and layer >= raw["max_window_layers"] for layer in range(n_layers))
+        local = tuple(layer >= raw["max_window_layers"] for layer in range(n_layers))
     return local if any(local) else ()
 
 
 def _rope_from_hf(raw: Mapping[str, Any]) -> tuple[float, config_lib.RopeScaling | None, float | None]:
     """Base and scaling of the global layers, and base of the local ones (Gemma).
 
-    Transformers 5 writes `rope_parameters`, for Gemma one per layer type; before, it was `rope_theta`, `rope_scaling` and
-    `rope_local_base_freq`.
+    Transformers 5 writes `rope_parameters`, for Gemma one per layer type; before, it was `rope_theta`, `rope_scaling`
+    and `rope_local_base_freq`.
     """
     rope = raw.get("rope_parameters") or {}
     local = rope.get("sliding_attention") or {}

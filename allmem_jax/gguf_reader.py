@@ -131,6 +131,8 @@ def _tensor_entry(cursor: _Cursor) -> tuple[str, tuple[int, ...], int, int]:
     if not 1 <= n_dims <= _MAX_DIMS:
         raise ValueError(f"{cursor.path}: damaged GGUF: tensor {name!r} has {n_dims} dimensions")
     shape = tuple(reversed(cursor.unpack(f"{n_dims}Q")))  # the file puts the fastest axis first
+    if not all(shape):
+        raise ValueError(f"{cursor.path}: damaged GGUF: tensor {name!r} has the shape {shape}")
     kind, offset = cursor.unpack("IQ")
     return name, shape, kind, offset
 

@@ -99,10 +99,11 @@ def _byte_level(fields: Mapping[str, Any], pre: str) -> tokenizers.Tokenizer:
     merges = [tuple(merge.split(" ")) for merge in fields.get("merges", ())]
     backend = tokenizers.Tokenizer(models.BPE(vocab, merges, ignore_merges=pre in _LLAMA3_LIKE))
     split = _SPLITS[pre]
+    first: list[pre_tokenizers.PreTokenizer] = []
     if pre == "smollm":
         first = [pre_tokenizers.Digits(individual_digits=True)]
-    else:
-        first = [pre_tokenizers.Split(tokenizers.Regex(split), behavior="isolated")] if split else []
+    elif split is not None:
+        first = [pre_tokenizers.Split(tokenizers.Regex(split), behavior="isolated")]
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=split is None)
     backend.pre_tokenizer = pre_tokenizers.Sequence([*first, byte_level])
     if "qwen" in pre:
@@ -147,8 +148,9 @@ def _merges(tokens: Sequence[str], vocab: Mapping[str, int], ranks: Sequence[flo
 
 
 def _add_special(backend: tokenizers.Tokenizer, tokens: Sequence[str], types: Sequence[int]) -> None:
-    """Marks the tokens that text is never cut inside of: control tokens, and those that the vocabulary's author added."""
-    control, added = [], []
+    """Marks the tokens that text is never cut inside of: control tokens, and those that the author added."""
+    control: list[tokenizers.AddedToken] = []
+    added: list[tokenizers.AddedToken] = []
     for token, kind in zip(tokens, types, strict=False):
         if kind in (_CONTROL, _USER_DEFINED) and backend.token_to_id(token) is not None:
             special = bool(kind == _CONTROL)
