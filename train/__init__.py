@@ -1,0 +1,1 @@
+"""Programs launched from a checkout: fetching, training, evaluation, the demo. Never installed."""
