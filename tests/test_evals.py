@@ -1,0 +1,202 @@
+"""Evaluation against dense formulas, the arithmetic of its summaries, compile counts, and the report's files."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from allmem_jax import config as config_lib
+from allmem_jax import evals, model, report
+
+pytestmark = pytest.mark.core
+
+LENGTH = 40
+
+
+def tiny(**changes):
+    fields = dict(
+        vocab_size=61, d_model=16, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=8, d_ff=24, d_mem=8, window=12,
+        sinks=2, chunk=8,
+    )  # fmt: skip
+    return config_lib.ModelConfig(**(fields | changes))
+
+
+def tiny_model(seed=0, **changes):
+    """A random model, filled in with NumPy: it saves compiling an initialisation."""
+    config = tiny(**changes)
+    rng = np.random.default_rng(seed)
+
+    def fill(leaf):
+        fan_in = leaf.shape[-2] if len(leaf.shape) > 2 else 1
+        return jnp.asarray(rng.normal(0, fan_in**-0.5, leaf.shape), jnp.float32)
+
+    params = jax.tree.map(fill, jax.eval_shape(lambda: model.init_params(config)))
+    return (config, *model.split_params(params))
+
+
+def tokens_like(config, count=3, length=LENGTH, seed=0):
+    return np.random.default_rng(seed).integers(0, config.vocab_size, (count, length + 1)).astype(np.int32)
+
+
+def dense(params, config, tokens):
+    inputs = jnp.asarray(tokens[:, :-1])
+    hidden = evals.hidden_states(params, config, inputs)
+    return np.asarray(jax.nn.log_softmax(hidden @ model.head_kernel(params, config)), np.float64)
+
+
+def test_compare_equals_the_dense_formula_and_compiles_once_per_config():
+    config, backbone, memory = tiny_model()
+    tokens = tokens_like(config)
+    variants = evals.standard_variants(config, memory)
+    evals.hidden_states.clear_cache()
+    scores = evals.compare(config, backbone, tokens, variants, batch=2)
+    doubled = [evals.Variant("again", config, jax.tree.map(lambda x: 2 * x, memory))]
+    evals.compare(config, backbone, tokens[:1], doubled, batch=2)
+    assert evals.hidden_states._cache_size() == 4  # original, window, converted, writing off
+    twice = np.concatenate([tokens, tokens[:1]])  # two pairs: the shape that is compiled already
+    both = lambda *args: np.concatenate([dense(*args, twice[:2]), dense(*args, twice[2:])])[:3]  # noqa: E731
+    teacher = both(backbone, config.replace(mixer="full"))
+    pick = lambda log: -np.take_along_axis(log, tokens[:, 1:, None], -1)[..., 0]  # noqa: E731
+    assert list(scores) == [evals.ORIGINAL, evals.SWA, evals.CONVERTED, evals.WRITE_OFF]
+    close(scores[evals.ORIGINAL]["ce"], pick(teacher))
+    for variant in variants:
+        student = both(model.merge_params(backbone, variant.memory or {}), variant.config)
+        close(scores[variant.name]["ce"], pick(student))
+        close(scores[variant.name]["kl"], np.sum(np.exp(teacher) * (teacher - student), -1))
+
+
+def close(got, want, tolerance=1e-5):
+    assert got.shape == want.shape
+    assert np.linalg.norm(got - want) <= tolerance * np.linalg.norm(want)
+
+
+def test_windowed_attention_equals_the_original_inside_the_window_only():
+    config, backbone, memory = tiny_model()
+    scores = evals.compare(config, backbone, tokens_like(config), evals.standard_variants(config, memory), batch=2)
+    kl = scores[evals.SWA]["kl"]
+    assert np.abs(kl[:, : config.window]).max() < 1e-5
+    assert kl[:, config.window + config.sinks :].mean() > 1e-3
+    written = np.abs(scores[evals.CONVERTED]["kl"] - scores[evals.WRITE_OFF]["kl"])
+    assert written[:, : config.chunk].max() == 0, "nothing is written before the first chunk ends"
+    assert written[:, config.chunk :].max() > 1e-5
+
+
+def test_summaries_are_the_means_of_their_positions():
+    rng = np.random.default_rng(0)
+    kl, ce = rng.random((2, 3, LENGTH)).astype(np.float32)
+    row = evals.summarise({"x": {"kl": kl, "ce": ce}}, window=12, buckets=4)["x"]
+    assert row["kl_inside"] == pytest.approx(kl[:, :12].mean(), rel=1e-6)
+    assert row["ce_beyond"] == pytest.approx(ce[:, 12:].mean(), rel=1e-6)
+    assert row["kl_curve"] == pytest.approx([kl[:, i : i + 10].mean() for i in (0, 10, 20, 30)], rel=1e-6)
+    assert row["kl_blocks"] == pytest.approx([kl[n, i : i + 12].mean() for n in range(3) for i in (12, 24)], rel=1e-6)
+
+
+def test_all_inside_leaves_nothing_beyond():
+    row = evals.summarise({"x": {"kl": np.ones((1, 8), np.float32)}}, window=8, buckets=2)["x"]
+    assert row["kl_beyond"] is None and row["kl_blocks"] == []
+    json.dumps(row, allow_nan=False)
+
+
+def test_shares_of_the_gap():
+    results = fake_results()
+    shares = evals.gap_closed(results, evals.CONVERTED)
+    assert shares == pytest.approx({"A": 0.25, "B": 0.5, "all texts": 1 - (0.3 + 2 * 0.1) / (0.4 + 2 * 0.2)})
+    difference = evals.gap_difference(results, evals.CONVERTED, "control")
+    assert difference["A"][0] == pytest.approx((0.35 - 0.3) / 0.4)
+    blocks = np.array([0.04, 0.06])
+    assert difference["A"][1] == pytest.approx(blocks.std(ddof=1) / 2**0.5 / 0.4)
+
+
+def fake_results():
+    def text(swa, memory, control):
+        rows = {evals.ORIGINAL: {"ce_inside": 3.0, "ce_beyond": 2.9, "ce_curve": [3.0, 2.9]}}
+        for name, kl in ((evals.SWA, swa), (evals.CONVERTED, memory), ("control", control)):
+            jitter = 0.01 if name == "control" else 0.0
+            rows[name] = {
+                "kl_inside": 1e-7, "kl_beyond": kl, "ce_inside": 3.0, "ce_beyond": 3.1, "kl_curve": [0.0, kl],
+                "ce_curve": [3.0, 3.1], "kl_blocks": [kl - jitter, kl + jitter],
+            }  # fmt: skip
+        return rows
+
+    return {
+        "window": 12, "sinks": 2, "chunk": 8, "length": LENGTH, "sequences": {"A": 1, "B": 2}, "positions": [10.0, 30.0],
+        "variants": [evals.ORIGINAL, evals.SWA, evals.CONVERTED, "control"],
+        "texts": {"A": text(0.4, 0.3, 0.35), "B": text(0.2, 0.1, 0.1)},
+    }  # fmt: skip
+
+
+def test_window_and_sinks_do_not_recompile():
+    config, backbone, _ = tiny_model(mixer="swa", vocab_size=57)
+    tokens = jnp.asarray(tokens_like(config)[:1, :-1])
+    before = evals.hidden_states._cache_size()
+    rng = np.random.default_rng(0)
+    for window, sinks in rng.integers(1, 20, (5, 2)):
+        hidden = evals.hidden_states(backbone, config, tokens, jnp.int32(window), jnp.int32(sinks))
+    want = evals.hidden_states(backbone, config.replace(window=int(window), sinks=int(sinks)), tokens)
+    close(np.asarray(hidden), np.asarray(want))
+    assert evals.hidden_states._cache_size() - before == 2  # one traced, one with the config's own
+
+
+def test_cut_takes_the_middles():
+    got = evals.cut(list(range(100)), length=9, count=2)
+    np.testing.assert_array_equal(got[:, 0], [20, 70])
+    np.testing.assert_array_equal(got[1], range(70, 80))
+    with_bos = evals.cut(list(range(100)), length=9, count=1, prefix=[7])
+    assert with_bos.shape == (1, 10) and with_bos[0, 0] == 7
+    assert evals.cut(list(range(20)), length=9, count=2).tolist() == [list(range(10)), list(range(10, 20))]
+
+
+def test_errors_name_the_fix():
+    config, backbone, memory = tiny_model()
+    with pytest.raises(ValueError, match="19 tokens, and 2 sequences of length 9 need 20"):
+        evals.cut(list(range(19)), length=9, count=2)
+    with pytest.raises(ValueError, match="length=0"):
+        evals.cut([1], length=0, count=1)
+    with pytest.raises(ValueError, match=r"\[41\]"):
+        evals.compare(config, backbone, tokens_like(config)[0], [])
+    memory["layers"]["memory"]["alpha"] = memory["layers"]["memory"]["alpha"].at[0, 0].set(jnp.nan)
+    with pytest.raises(ValueError, match="'converted' gives non-finite losses from position 0"):
+        evals.compare(config, backbone, tokens_like(config), evals.standard_variants(config, memory), batch=2)
+    texts = {"a": tokens_like(config), "b": tokens_like(config, length=9)}
+    with pytest.raises(ValueError, match=r"one length; got \[9, 40\]"):
+        evals.evaluate(config, backbone, texts, [])
+
+
+def test_report_is_self_contained(tmp_path):
+    config, backbone, memory = tiny_model()
+    texts = {"<script>alert(1)</script>": tokens_like(config), "prose": tokens_like(config, seed=1)}
+    variants = evals.standard_variants(config, memory)
+    results = evals.evaluate(config, backbone, texts, variants, batch=2)
+    page = report.write(
+        tmp_path / "out",
+        report.Report(
+            title="A & B", evaluation=results, memory=evals.CONVERTED, control=evals.WRITE_OFF,
+            training={"memory": [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.5}]},
+            samples=[("a <prompt>", "and & more")], settings={"window": 12}, commands=["allmem info <x>"],
+        ),
+    )  # fmt: skip
+    assert sorted(path.name for path in page.parent.iterdir()) == ["curves.png", "index.html", "report.json"]
+    html = page.read_text()
+    assert "<script" not in html and "&lt;script&gt;alert" in html and "A &amp; B" in html
+    assert "http" not in html.replace("http-equiv", "") and "data:image/png;base64," in html
+    assert "a &lt;prompt&gt;" in html and "percentage points" in html
+    saved = json.loads((page.parent / "report.json").read_text())
+    assert saved["evaluation"] == results
+    assert (page.parent / "curves.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+
+
+def test_report_without_memory(tmp_path):
+    config, backbone, _ = tiny_model()
+    results = evals.evaluate(
+        config, backbone, {"prose": tokens_like(config)}, evals.standard_variants(config, None), batch=2
+    )
+    html = report.write(tmp_path, report.Report(title="t", evaluation=results)).read_text()
+    assert evals.SWA in html and "percentage points" not in html
+
+
+def test_report_states_the_difference():
+    rows = report.gap_rows(fake_results(), evals.CONVERTED, "control")
+    assert [row[0] for row in rows] == ["A", "B", "all texts"]
+    assert rows[0][1:4] == ("25.0 %", "12.5 %", "+12.5 ± 2.5")
