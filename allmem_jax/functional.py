@@ -109,8 +109,8 @@ def attend_cached(
     lengths: jax.Array,
     *,
     sink_slots: int,
-    window: jax.Array,
-    sinks: jax.Array,
+    window: jax.Array | int,
+    sinks: jax.Array | int,
     scale: float,
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
     """Attention of L new tokens to the ring cache and to each other, and the cache after them.
@@ -155,8 +155,9 @@ def attend_cached(
     slot = jnp.where(q_pos < sink_slots, q_pos, sink_slots + (q_pos - sink_slots) % ring)
     slot = jnp.where(keep, slot, sink_slots + ring)  # out of bounds: dropped
     rows = jnp.arange(batch)[:, None]
-    written = tuple(
-        old.at[rows, slot].set(x.astype(old.dtype), mode="drop") for old, x in zip(cache, (k, v), strict=True)
+    written = (
+        cache[0].at[rows, slot].set(k.astype(cache[0].dtype), mode="drop"),
+        cache[1].at[rows, slot].set(v.astype(cache[1].dtype), mode="drop"),
     )
     return out.reshape(batch, length, heads, dim).astype(q.dtype), written
 

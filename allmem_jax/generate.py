@@ -42,6 +42,9 @@ class Sampling(NamedTuple):
             raise ValueError(f"top_p={self.top_p} must be in (0, 1]")
 
 
+GREEDY = Sampling()
+
+
 def sample(key: jax.Array, logits: jax.Array, sampling: Sampling) -> jax.Array:
     """Draws int32 [B] from logits float32 [B, V]; the fields of `sampling` may be traced."""
 
@@ -73,9 +76,10 @@ def prefill_piece(
 
     Returns the logits [B, V] after each row's last real token (rows of length 0 keep `last`) and the state.
     """
-    hidden, state = model.AllMemLM(config).apply(
+    result: Any = model.AllMemLM(config).apply(
         {"params": params}, tokens, lengths=lengths, state=state, return_hidden=True
     )
+    hidden, state = result
     index = jnp.maximum(lengths - 1, 0)
     newest = jnp.take_along_axis(hidden, index[:, None, None], axis=1)[:, 0]
     logits = functional.logits(newest, model.head_kernel(params, config))
@@ -98,8 +102,8 @@ def decode_step(
     """
     token = sample(key, logits, sampling)
     lengths = jnp.where(done, 0, 1)
-    after, state = model.AllMemLM(config).apply({"params": params}, token[:, None], lengths=lengths, state=state)
-    return token, after[:, 0], state
+    result: Any = model.AllMemLM(config).apply({"params": params}, token[:, None], lengths=lengths, state=state)
+    return token, result[0][:, 0], result[1]
 
 
 def prefill(
@@ -158,7 +162,7 @@ def stream(
     state: state_lib.DecodeState,
     *,
     max_tokens: int,
-    sampling: Sampling = Sampling(),
+    sampling: Sampling = GREEDY,
     stop_tokens: Sequence[int] = (),
     seed: int = 0,
 ) -> Iterator[tuple[np.ndarray, np.ndarray, jax.Array, state_lib.DecodeState]]:
@@ -191,7 +195,7 @@ def generate(
     prompts: Sequence[Sequence[int]],
     *,
     max_tokens: int,
-    sampling: Sampling = Sampling(),
+    sampling: Sampling = GREEDY,
     stop_tokens: Sequence[int] = (),
     seed: int = 0,
     piece: int = 256,

@@ -3,7 +3,7 @@
 Parameters are plain arrays (no partitioning boxes), so the modules also live inside `nnx.bridge` hosts; what mesh axis
 each goes to is decided from its path (`allmem_jax.sharding`). Kernels are [in, out]. State is an argument and a result.
 
-    B batch    L tokens    d model    Hq, Hkv attention heads    D head dimension    N memory heads    H fast hidden size
+    B batch    L tokens    d model    Hq, Hkv attention heads    D head dimension    N memory heads    H fast hidden
 """
 
 from typing import Any, NamedTuple
@@ -36,17 +36,17 @@ class Shared(NamedTuple):
     sinks: jax.Array | int
     segment_ids: jax.Array | None = None
     reset: jax.Array | None = None
-    position: jax.Array | None = None
-    lengths: jax.Array | None = None
+    position: Any = None
+    lengths: Any = None
 
 
 class LayerState(NamedTuple):
-    """One layer's part of `state.DecodeState`: keys, values [B, S + W, Hkv, D], conv [B, K - 1, F], memory."""
+    """One layer's part of `DecodeState`: keys, values [B, S + W, Hkv, D], conv [B, K - 1, F], `MemoryState`."""
 
     keys: jax.Array
     values: jax.Array
-    conv: jax.Array | None
-    memory: pallas_kernels.MemoryState | None
+    conv: Any
+    memory: Any
 
 
 class Linear(nn.Module):
@@ -129,7 +129,7 @@ class Attention(nn.Module):
             window, sinks = x.shape[1], 0
         if any(c.local_layers):
             assert c.local_window is not None
-            rope = tuple(jnp.where(is_local, a, b) for a, b in zip(shared.local_rope, rope, strict=True))
+            rope = jax.tree.map(lambda local, other: jnp.where(is_local, local, other), shared.local_rope, rope)
             window = jnp.where(is_local, jnp.minimum(window, c.local_window), window)
             sinks = jnp.where(is_local, 0, sinks)
         q, k = functional.apply_rope(q, rope), functional.apply_rope(k, rope)
@@ -160,12 +160,15 @@ class Memory(nn.Module):
         """x [B, L, d] (normalised) -> alpha * memory(x) [B, L, d], and the conv tail and memory state after it."""
         c = self.config
         shape = (*x.shape[:2], c.memory_heads, c.d_mem)
-        tail = None if state is None else state.conv
-        tails = (None,) * 3 if tail is None else jnp.split(tail, 3, axis=-1)
+        tails: Any = (None,) * 3
+        past = valid = None
+        if state is not None:
+            tails = jnp.split(state.conv, 3, axis=-1)
+            valid = jnp.arange(x.shape[1]) < shared.lengths[:, None]
         raw = [Linear(c.memory_heads * c.d_mem, name=f"{name}_proj")(x) for name in "qkv"]
         q, k, v = (
-            CausalConv(c.conv_kernel, name=f"{name}_conv")(part, past, shared.segment_ids).reshape(shape)
-            for name, part, past in zip("qkv", raw, tails, strict=True)
+            CausalConv(c.conv_kernel, name=f"{name}_conv")(part, tail, shared.segment_ids).reshape(shape)
+            for name, part, tail in zip("qkv", raw, tails, strict=True)
         )
         norm = 1.0 if c.qk_scale == "l2" else c.d_mem**0.5
         q = functional.l2_normalise(RMSNorm(c.norm_eps, name="q_norm")(q), norm)
@@ -173,10 +176,8 @@ class Memory(nn.Module):
         lr, momentum = self._rates(x)
         init = self._initial_weights()
 
-        past = valid = None
         if state is not None:
             past = functional.start_memory(state.memory, init, shared.position == 0)
-            valid = jnp.arange(x.shape[1]) < shared.lengths[:, None]
         out, after = functional.remember(
             q, k, v, lr, momentum, init, past, chunk=c.chunk, valid=valid, reset=shared.reset
         )
@@ -190,7 +191,7 @@ class Memory(nn.Module):
         out = out * alpha.astype(x.dtype)
         if state is None:
             return out, None
-        return out, (functional.conv_tail(jnp.concatenate(raw, axis=-1), tail, shared.lengths), after)
+        return out, (functional.conv_tail(jnp.concatenate(raw, axis=-1), state.conv, shared.lengths), after)
 
     def _rates(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Learning rates float32 [B, L, N, 3] (gate, up, down) and momentum float32 [B, L, N]."""
@@ -262,11 +263,10 @@ class DecoderLayer(nn.Module):
         normed = norm("input_norm", x)
         mixed, cache = Attention(c, name="attention")(normed, is_local, state, shared)
         x = x + (norm("post_attention_norm", mixed) if c.sandwich_norms else mixed)
-        remembered = (None, None)
+        learned = None
         if c.mixer == "allmem":
-            added, after = Memory(c, name="memory")(normed, state, shared)
-            x = x + added
-            remembered = remembered if after is None else after
+            remembered, learned = Memory(c, name="memory")(normed, state, shared)
+            x = x + remembered
         hidden = Mlp(c, name="mlp")(norm("mlp_norm", x))
         x = x + (norm("post_mlp_norm", hidden) if c.sandwich_norms else hidden)
-        return x, None if cache is None else LayerState(*cache, *remembered)
+        return x, None if cache is None else LayerState(*cache, *(learned or (None, None)))

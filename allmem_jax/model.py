@@ -73,6 +73,7 @@ class AllMemLM(nn.Module):
             in_axes=(0, nn.broadcast),
             length=c.n_layers,
         )
+        after: Any
         x, after = stack(c, name="layers")(x, (local, past), shared)
         x = layers.RMSNorm(c.norm_eps, c.norm_offset, name="final_norm")(x)
         result = x
@@ -80,7 +81,7 @@ class AllMemLM(nn.Module):
             result = functional.logits(x, table.T) if c.tie_embeddings else layers.Head(c.vocab_size, name="lm_head")(x)
         if state is None:
             return result
-        return result, state_lib.DecodeState(shared.position + shared.lengths, *after)
+        return result, state_lib.DecodeState(state.position + shared.lengths, *after)
 
     def _shared(self, tokens, lengths, segment_ids, state, window, sinks) -> layers.Shared:
         """Positions, rotary tables and masks that all layers use."""
