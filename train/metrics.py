@@ -1,0 +1,84 @@
+"""What a run says while it runs: metrics.jsonl, one line a step, and a progress bar or plain lines."""
+
+import json
+import math
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import tqdm
+
+
+class MetricsLog:
+    """Appends one JSON line a step; opening it cuts off what lies behind the step that a run resumes from.
+
+    Args:
+      file: metrics.jsonl.
+      start: steps done; lines of later steps (from a process killed after its last checkpoint) are removed.
+    """
+
+    def __init__(self, file: Path, start: int):
+        lines = [line for line in read_metrics(file) if line["step"] <= start] if file.exists() else []
+        partial = file.with_suffix(".partial")
+        partial.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        os.replace(partial, file)
+        self._file = file.open("a", encoding="utf-8")
+
+    def __enter__(self) -> "MetricsLog":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._file.close()
+
+    def write(self, line: Mapping[str, Any]) -> None:
+        """Writes one step's values, null for those that are not finite."""
+        clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}
+        self._file.write(json.dumps(clean) + "\n")
+        self._file.flush()
+
+
+def read_metrics(file: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics.jsonl, without a last one that a killed process left incomplete."""
+    lines = []
+    for line in file.read_text(encoding="utf-8").splitlines():
+        try:
+            lines.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return lines
+
+
+class Progress:
+    """A tqdm bar on a terminal; elsewhere a plain line every `every` steps.
+
+    Args:
+      start, steps: steps done, and to do in all.
+      every: see above.
+    """
+
+    def __init__(self, start: int, steps: int, every: int):
+        self._steps, self._every = steps, every
+        terminal = sys.stderr.isatty()
+        self._bar = tqdm.tqdm(total=steps, initial=start, unit="step", dynamic_ncols=True) if terminal else None
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    def show(self, line: Mapping[str, Any]) -> None:
+        """Shows a step's loss, speed and the norms that tell a memory that diverges."""
+        names = ("loss", "kl_beyond", "tokens_per_s", "grad_norm", "alpha_rms", "memory_weights", "memory_velocity")
+        shown = {name: f"{line[name]:.4g}" for name in names if line[name] is not None and not math.isnan(line[name])}
+        if line["skipped"]:
+            shown["skipped"] = str(line["skipped"])
+        if self._bar is not None:
+            self._bar.set_postfix(shown, refresh=False)
+            self._bar.update()
+        elif line["step"] % self._every == 0 or line["step"] in (1, self._steps):
+            values = "  ".join(f"{name} {value}" for name, value in shown.items())
+            print(f"step {line['step']}/{self._steps}  {values}", file=sys.stderr, flush=True)

@@ -1,0 +1,152 @@
+"""What a distillation run is: one dataclass, whose fields are also the command line's options."""
+
+import dataclasses
+import json
+import warnings
+from typing import Any, Literal
+
+import numpy as np
+
+# A continuation may differ in these and still give the same losses.
+_FREE = ("model", "texts", "out", "cache", "checkpoint_every", "keep", "log_every", "max_bad_steps", "export", "mesh")
+
+
+@dataclasses.dataclass(frozen=True)
+class FinetuneConfig:
+    """Distils a pretrained model into one with windowed attention and a memory. Only the memory's parameters train."""
+
+    model: str = ""
+    """A Hugging Face folder or a .gguf file; "tiny" is an untrained toy that shows whether everything runs."""
+    texts: tuple[str, ...] = ()
+    """.txt and .jsonl files, or folders of them, to train on."""
+    out: str = ""
+    """Folder for checkpoints, metrics.jsonl and the result. The same command resumes what is there."""
+    write: bool = True
+    """False holds the memory's learning rate at zero: the control that tells memory from mere adaptation."""
+    seed: int = 0
+    """Of the memory's start values, the order of the data and everything drawn."""
+
+    steps: int = 1000
+    """Updates of the parameters."""
+    batch: int = 8
+    """Rows of a step, over all devices."""
+    seq_length: int = 4096
+    """Tokens of a row."""
+    pack: bool = False
+    """Put several documents in a row, each starting on the grid of the largest chunk; for chats and short texts."""
+    response_only: bool = False
+    """In chats, take the loss on the assistant's tokens only."""
+
+    window: tuple[int, int] = (512, 8192)
+    """Smallest and largest window, in tokens; drawn anew each step."""
+    sinks: tuple[int, int] = (0, 256)
+    """Smallest and largest number of first tokens that stay visible; drawn anew each step."""
+    chunk: tuple[int, ...] = (512, 1024, 2048, 4096)
+    """Tokens between two updates of the memory, one of these each step. Each value compiles once. The update sums
+    over the chunk, so its size grows with it: let the largest decide how large lr_init may be."""
+
+    positions: float = 0.25
+    """Share of each row's positions that the loss is computed on, drawn anew each step."""
+    beyond_window: bool = False
+    """Take the loss only where a key has fallen out of the window."""
+    ce_weight: float = 0.0
+    """Weight of the cross-entropy on the text itself beside the KL divergence from the teacher."""
+    loss_block: int = 512
+    """Positions whose logits exist at a time."""
+
+    learning_rate: float = 1e-3
+    """Of AdamW, at its plateau."""
+    warmup: int = 20
+    """Steps of linear rise to it."""
+    decay: float = 0.2
+    """Share of the steps at the end in which it falls linearly to zero."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """Of AdamW."""
+    weight_decay: float = 0.0
+    """On the memory's projections only."""
+    clip: float = 1.0
+    """Largest global norm of the gradient."""
+    max_bad_steps: int = 5
+    """Stop after so many non-finite steps in a row; single ones are skipped and counted."""
+
+    n_mem: int | None = None
+    """Heads of the memory; None is the model's own default."""
+    d_mem: int = 64
+    """Their dimension."""
+    qk_scale: Literal["l2", "rms"] = "l2"
+    """Norm of the memory's queries and keys: 1 (the paper) or sqrt(d_mem)."""
+    alpha_init: float = 0.0
+    """Start of the memory's output scale; 0 starts from plain windowed attention."""
+    lr_init: float = 0.005
+    """Start of the memory's own learning rate for an average token."""
+    momentum_init: float = 0.5
+    """Start of its momentum."""
+
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of activations. The memory's parameters and its fast weights are float32 in any case."""
+    backbone_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the frozen parameters."""
+    mesh: tuple[int, int, int, int] = (1, 1, 1, 1)
+    """Devices along data, fsdp, tensor and context."""
+
+    checkpoint_every: int = 100
+    """Steps between checkpoints; one is also written at the end and on Ctrl-C or SIGTERM."""
+    keep: int = 2
+    """Checkpoints kept."""
+    log_every: int = 10
+    """Steps between lines where the output is not a terminal; metrics.jsonl has every step."""
+    export: bool = True
+    """Write the whole converted model to OUT/model at the end, beside the memory in OUT/allmem.safetensors."""
+    cache: str = ".cache/tokens"
+    """Where tokenised texts are kept."""
+
+    def check(self) -> None:
+        """Raises a ValueError that names the first field that cannot work; warns of a blind gap."""
+        for name in ("model", "out"):
+            if not getattr(self, name):
+                raise ValueError(f"{name} is not set: give --{name} or set it in the recipe")
+        for name in ("steps", "batch", "seq_length", "checkpoint_every", "keep", "log_every", "max_bad_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        for name, least in (("window", 1), ("sinks", 0)):
+            low, high = getattr(self, name)
+            if not least <= low <= high:
+                raise ValueError(f"{name}={(low, high)} must be a range LOW HIGH with LOW at least {least}")
+        if not self.chunk or min(self.chunk) < 1:
+            raise ValueError(f"chunk={self.chunk} must be one or more positive sizes")
+        if self.pack and any(max(self.chunk) % chunk for chunk in self.chunk):
+            raise ValueError(f"pack needs chunk sizes that divide the largest; got {self.chunk}")
+        for name in ("positions", "decay"):
+            if not 0 < getattr(self, name) <= 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be above 0 and at most 1")
+        if self.learning_rate <= 0 or self.clip <= 0 or self.warmup < 0 or self.ce_weight < 0:
+            raise ValueError("learning_rate and clip must be positive, warmup and ce_weight not negative")
+        if self.beyond_window and self.window[1] + self.sinks[1] >= self.seq_length:
+            raise ValueError(
+                f"beyond_window leaves no position: window and sinks reach {self.window[1] + self.sinks[1]} and "
+                f"seq_length={self.seq_length}. Lower them or lengthen the rows"
+            )
+        if self.window[0] < max(self.chunk):
+            gap = max(self.chunk) - self.window[0]
+            warnings.warn(
+                f"windows may be shorter than chunks: then up to {gap} tokens are seen by neither", stacklevel=2
+            )
+
+    def draw(self, step: int) -> tuple[int, np.int32, np.int32]:
+        """(chunk, window, sinks) of a step: a function of the seed and the step alone, so resuming is exact."""
+        rng = np.random.Generator(np.random.Philox(key=[self.seed, step]))
+        chunk = self.chunk[rng.integers(len(self.chunk))]
+        window, sinks = (rng.integers(*limits, endpoint=True, dtype=np.int32) for limits in (self.window, self.sinks))
+        return chunk, window, sinks
+
+    def model_overrides(self) -> dict[str, Any]:
+        """Fields of `ModelConfig`. The exported model has the largest window, sinks and chunk of the ranges."""
+        names = ("d_mem", "qk_scale", "alpha_init", "lr_init", "momentum_init", "write", "dtype")
+        fields = {name: getattr(self, name) for name in names}
+        fields |= {"window": self.window[1], "sinks": self.sinks[1], "chunk": max(self.chunk), "mixer": "allmem"}
+        return fields if self.n_mem is None else fields | {"n_mem": self.n_mem}
+
+    def identity(self) -> dict[str, Any]:
+        """The fields that a continuation must share, as JSON values."""
+        fields = {name: value for name, value in dataclasses.asdict(self).items() if name not in _FREE}
+        return json.loads(json.dumps(fields))

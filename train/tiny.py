@@ -1,0 +1,41 @@
+"""An untrained toy model and a tokenizer of bytes: enough to run every step of training in seconds, without files."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from allmem_jax import config as config_lib
+from allmem_jax import model
+
+CONFIG = config_lib.ModelConfig(
+    vocab_size=256, d_model=32, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=8, d_ff=64, window=16, sinks=2, chunk=8,
+    d_mem=8,
+)  # fmt: skip
+
+
+class ByteTokenizer:
+    """One token for each byte of UTF-8; no special tokens."""
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """The bytes."""
+        return list(text.encode())
+
+    def decode(self, ids: list[int]) -> str:
+        """The text, with a replacement character for what is not UTF-8."""
+        return bytes(ids).decode(errors="replace")
+
+    def apply_chat_template(
+        self, messages: list[dict[str, str]], *, add_generation_prompt: bool, tokenize: bool
+    ) -> Any:
+        """Lines of "role: content"."""
+        text = "".join(f"{message['role']}: {message['content']}\n" for message in messages)
+        text += "assistant: " if add_generation_prompt else ""
+        return self.encode(text) if tokenize else text
+
+
+def backbone(seed: int = 0) -> model.Params:
+    """Random backbone of `CONFIG`, scaled so that attention and head matter more than they would at the start."""
+    params = model.init_params(CONFIG.replace(mixer="full"), seed)
+    embedding = params["embed"]["embedding"]
+    return {**params, "embed": {"embedding": jax.random.normal(jax.random.key(seed), embedding.shape, jnp.float32)}}
