@@ -71,9 +71,9 @@ def flops_per_token(config: config_lib.ModelConfig, context: int, mixer: str | N
       full attention and min(context, window + sinks) for the windowed one.
     * memory, per layer: projections 2 d (3 F + 3 N + N + N) in and 2 F d out; convolutions 2 * 3 F K; the read is
       three products with the fast weights, 3 * 2 H D_m per head; the gradient at the token's key is three more
-      (gate k, up k, down^T Gout) and three outer products added to the pending sum, 6 * 2 H D_m per head. Together 18 N H
-      D_m. Once per chunk come the rescaling of rows and the step, about 8 operations on 3 N H D_m weights: 24 N H
-      D_m / chunk.
+      (gate k, up k, down^T Gout) and three outer products added to the pending sum, 6 * 2 H D_m per head. Together
+      18 N H D_m. Once per chunk come the rescaling of rows and the step, about 8 operations on 3 N H D_m weights:
+      24 N H D_m / chunk.
 
     Training costs about three times the forward pass of the same length, four with rematerialisation.
 

@@ -121,8 +121,8 @@ def fake_results():
         return rows
 
     return {
-        "window": 12, "sinks": 2, "chunk": 8, "length": LENGTH, "sequences": {"A": 1, "B": 2}, "positions": [10.0, 30.0],
-        "variants": [evals.ORIGINAL, evals.SWA, evals.CONVERTED, "control"],
+        "window": 12, "sinks": 2, "chunk": 8, "length": LENGTH, "sequences": {"A": 1, "B": 2},
+        "positions": [10.0, 30.0], "variants": [evals.ORIGINAL, evals.SWA, evals.CONVERTED, "control"],
         "texts": {"A": text(0.4, 0.3, 0.35), "B": text(0.2, 0.1, 0.1)},
     }  # fmt: skip
 
