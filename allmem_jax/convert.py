@@ -53,7 +53,7 @@ def load_pretrained(
       **overrides: fields of `ModelConfig`, e.g. `window=128`.
 
     Returns:
-      The config, the parameters and the tokenizer (None where the folder has none). The parameters are nested dicts of
+      The config, the parameters and the tokenizer (None where there is none). The parameters are nested dicts of
       jax arrays; they hold `layers/memory` only when the folder was written by `save_pretrained` with a memory.
 
     Raises:
@@ -334,7 +334,7 @@ def save_pretrained(
     backbone = {name: leaf for name, leaf in flat.items() if name not in memory}
     raw = families.config_to_hf(config)
     np_dtype = _DTYPES[dtype or str(backbone["embed/embedding"].dtype)]
-    raw["torch_dtype"] = np_dtype.name
+    raw |= {"torch_dtype": np_dtype.name, "transformers_version": transformers.__version__}
     if tokenizer is not None:
         raw |= {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
     path.parent.mkdir(parents=True, exist_ok=True)

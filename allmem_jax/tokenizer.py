@@ -11,7 +11,7 @@ from typing import Any
 
 import tokenizers
 import transformers
-from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
+from tokenizers import decoders, models, normalizers, pre_tokenizers
 
 from allmem_jax import gguf_reader
 
@@ -41,14 +41,15 @@ _LLAMA3_LIKE = ("llama-bpe", "llama3", "llama-v3", "tekken")
 
 
 def load_tokenizer(path: str | os.PathLike[str]) -> transformers.PreTrainedTokenizerBase | None:
-    """The tokenizer of a Hugging Face folder or a GGUF file; None when a folder has no tokenizer files.
+    """The tokenizer of a Hugging Face folder or a GGUF file; None when there is no tokenizer in it.
 
     Raises:
       ValueError: the tokenizer is damaged or of an unsupported kind.
     """
     path = pathlib.Path(path).expanduser()
     if path.is_file():
-        return from_gguf(gguf_reader.open_gguf(path))
+        file = gguf_reader.open_gguf(path)
+        return from_gguf(file) if "tokenizer.ggml.model" in file.metadata else None
     if not any((path / name).is_file() for name in _FILES):
         return None
     try:
@@ -78,16 +79,9 @@ def from_gguf(file: gguf_reader.GGUFFile) -> transformers.PreTrainedTokenizerFas
         gemma = str(file.metadata.get("general.architecture")).startswith("gemma")
         backend = _sentencepiece(fields, special.get("unk_token"), gemma)
     _add_special(backend, tokens, fields.get("token_type", ()))
-    bos = special.get("bos_token")
-    if bos and fields.get("add_bos_token", kind == "llama" or pre in _LLAMA3_LIKE):
-        backend.post_processor = processors.Sequence([
-            *([backend.post_processor] if backend.post_processor else []),
-            processors.TemplateProcessing(
-                single=[bos, "$A"], pair=[bos, "$A", bos, "$B:1"], special_tokens=[(bos, fields["bos_token_id"])]
-            ),
-        ])  # fmt: skip
+    add_bos = bool(fields.get("add_bos_token", kind == "llama" or pre in _LLAMA3_LIKE)) and "bos_token" in special
     tokenizer = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=backend, clean_up_tokenization_spaces=False, **special
+        tokenizer_object=backend, add_bos_token=add_bos, clean_up_tokenization_spaces=False, **special
     )
     tokenizer.chat_template = file.metadata.get("tokenizer.chat_template")
     return tokenizer
