@@ -1,0 +1,60 @@
+# A fresh machine needs python3 (3.11 to 3.13), make and a package index that pip can reach. Each environment is made on
+# first use and again when pyproject.toml changes.
+
+PYTHON ?= python3
+VENV := .venv
+CORE_VENV := .venv-core-$(notdir $(PYTHON))
+RUN := $(VENV)/bin/python
+
+.PHONY: help demo test test-core fetch format clean
+
+help:
+	@echo 'make demo       convert SmolLM2-135M to AllMem, distil it on real text, write a report (out/)'
+	@echo 'make test       format, lint and type checks, and all tests'
+	@echo 'make test-core PYTHON=python3.12'
+	@echo '                kernels, model and generation on another Python, in an environment of its own'
+	@echo 'make fetch      download the real model and texts, so that the tests that want them run'
+	@echo 'make format     format the code and fix what lint can fix'
+	@echo 'make clean      remove environments and caches; downloads (.cache/) and results (out/) stay'
+
+demo: $(VENV)/demo.stamp
+	$(RUN) -m train.demo
+
+test: $(VENV)/dev.stamp
+	$(RUN) -m ruff format --check .
+	$(RUN) -m ruff check .
+	$(RUN) -m mypy
+	$(RUN) -m pytest
+
+test-core: $(CORE_VENV)/core.stamp
+	$(CORE_VENV)/bin/python -m pytest -m core
+
+fetch: $(VENV)/demo.stamp
+	$(RUN) -m train.fetch
+
+format: $(VENV)/dev.stamp
+	$(RUN) -m ruff format .
+	$(RUN) -m ruff check --fix .
+
+clean:
+	rm -rf .venv .venv-core-* .pytest_cache .ruff_cache .mypy_cache .hypothesis dist build
+
+$(VENV)/demo.stamp: pyproject.toml
+	$(call install,$(VENV),train)
+
+$(VENV)/dev.stamp: pyproject.toml
+	$(call install,$(VENV),dev$(comma)train)
+	touch $(VENV)/demo.stamp
+
+$(CORE_VENV)/core.stamp: pyproject.toml
+	$(call install,$(CORE_VENV),test$(comma)train)
+
+# $(call install,FOLDER,EXTRAS): an environment in FOLDER with this checkout and its EXTRAS; the target is its stamp.
+comma := ,
+define install
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; (3, 11) <= v < (3, 14) or sys.exit("Python 3.11 to 3.13 is needed, \
+	and $(PYTHON) is %d.%d; name another: make $(MAKECMDGOALS) PYTHON=python3.12" % v)'
+	test -x $(1)/bin/python || $(PYTHON) -m venv $(1)
+	$(1)/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[$(2)]'
+	touch $@
+endef
