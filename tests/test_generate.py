@@ -1,0 +1,122 @@
+"""Generation: the same tokens as the plain forward pass, whatever the batch, the pieces and the prompt's length."""
+
+import jax
+import numpy as np
+import pytest
+from test_model import TINY, random_params, random_tokens
+
+from allmem_jax import generate as generate_lib
+from allmem_jax import model
+
+pytestmark = pytest.mark.core
+
+
+@pytest.fixture(scope="module")
+def params():
+    return random_params(TINY)
+
+
+def test_greedy_follows_the_forward_pass(params):
+    """Ragged prompts, in pieces shorter than most of them, against the forward pass over the whole row."""
+    prompts = [random_tokens(1, length, seed=length)[0].tolist() for length in (1, 7, 12)]
+    out = generate_lib.generate(params, TINY, prompts, max_tokens=10, piece=5)
+    forward = jax.jit(lambda t: model.AllMemLM(TINY).apply({"params": params}, t))
+    for prompt, answer in zip(prompts, out, strict=True):
+        row = np.zeros((1, 22), np.int32)
+        row[0, : len(prompt) + 10] = prompt + answer
+        predicted = np.asarray(forward(row)).argmax(-1)[0]
+        assert answer == predicted[len(prompt) - 1 : len(prompt) + 9].tolist()
+
+
+def test_full_mixer_generates_like_the_original(params):
+    config = TINY.replace(mixer="full")
+    prompt = random_tokens(1, 9)[0].tolist()
+    (answer,) = generate_lib.generate(params, config, [prompt], max_tokens=6, piece=5)
+    row = np.asarray([prompt + answer], np.int32)
+    predicted = np.asarray(jax.jit(lambda t: model.AllMemLM(config).apply({"params": params}, t))(row)).argmax(-1)[0]
+    assert answer == predicted[len(prompt) - 1 : -1].tolist()
+
+
+def test_stop_tokens_end_rows_one_by_one(params):
+    prompts = [random_tokens(1, length, seed=length)[0].tolist() for length in (7, 12)]
+    free = generate_lib.generate(params, TINY, prompts, max_tokens=10, piece=5)
+    stop = free[0][3]
+    stopped = generate_lib.generate(params, TINY, prompts, max_tokens=10, piece=5, stop_tokens=[stop])
+    for whole, short in zip(free, stopped, strict=True):
+        assert short == (whole[: whole.index(stop)] if stop in whole else whole)
+    seen: list[tuple[list[int], list[bool]]] = []
+    generate_lib.generate(
+        params, TINY, prompts, max_tokens=10, piece=5, stop_tokens=[stop],
+        on_tokens=lambda tokens, live: seen.append((tokens.tolist(), live.tolist())),
+    )  # fmt: skip
+    streamed = [[tokens[row] for tokens, live in seen if live[row]] for row in range(2)]
+    assert [[t for t in row if t != stop] for row in streamed] == stopped
+
+
+def test_a_saved_state_answers_again(params):
+    """Read once, ask twice: a state is a value, and using it does not change it."""
+    book, questions = random_tokens(1, 15)[0].tolist(), [[3, 4], [5, 6, 7]]
+    _, state = generate_lib.prefill(params, TINY, [book], piece=5)
+    for question in questions:
+        asked = generate_lib.generate(params, TINY, [question], max_tokens=4, piece=5, state=state)
+        assert asked == generate_lib.generate(params, TINY, [book + question], max_tokens=4, piece=5)
+
+
+def test_long_generation_compiles_once(params):
+    """2,000 tokens, and prompts of many lengths: one program each, and a state that does not grow."""
+    before = generate_lib.decode_step._cache_size(), generate_lib.prefill_piece._cache_size()
+    config = TINY.replace(max_length=1234)  # its own cache entry
+    for length in (3, 40, 111):
+        logits, state = generate_lib.prefill(params, config, [random_tokens(1, length)[0]], piece=16)
+    steps = generate_lib.stream(params, config, logits, state, max_tokens=2000)
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+    for _, _, _, last in steps:
+        pass
+    assert int(last.position[0]) == 111 + 2000
+    assert sum(leaf.nbytes for leaf in jax.tree.leaves(last)) == size
+    assert (generate_lib.decode_step._cache_size(), generate_lib.prefill_piece._cache_size()) == (
+        before[0] + 1,
+        before[1] + 1,
+    )
+
+
+def test_sampling_follows_the_distribution():
+    logits = np.log(np.array([0.5, 0.25, 0.15, 0.1], np.float32))
+    draw = jax.jit(lambda s: generate_lib.sample(jax.random.key(0), np.tile(logits, (20_000, 1)), s))
+
+    def frequencies(**settings) -> np.ndarray:
+        settings = {"temperature": 1.0, "top_k": 0, "top_p": 1.0} | settings
+        return np.bincount(draw(generate_lib.Sampling(**settings)), minlength=4) / 20_000
+
+    np.testing.assert_allclose(frequencies(), [0.5, 0.25, 0.15, 0.1], atol=0.015)
+    np.testing.assert_allclose(frequencies(top_k=2), [2 / 3, 1 / 3, 0, 0], atol=0.015)
+    np.testing.assert_allclose(frequencies(top_p=0.8), [0.5 / 0.9, 0.25 / 0.9, 0.15 / 0.9, 0], atol=0.015)
+    np.testing.assert_allclose(frequencies(top_k=3, top_p=0.5), [1, 0, 0, 0], atol=0.015)
+    np.testing.assert_allclose(frequencies(temperature=0.0), [1, 0, 0, 0])
+    sharp = np.array([0.25, 0.0625, 0.0225, 0.01])
+    np.testing.assert_allclose(frequencies(temperature=0.5), sharp / sharp.sum(), atol=0.015)
+    assert draw._cache_size() == 1
+
+
+def test_seeds_repeat(params):
+    prompt = [random_tokens(1, 7)[0].tolist()]
+    hot = generate_lib.Sampling(temperature=1.5)
+    runs = [generate_lib.generate(params, TINY, prompt, max_tokens=8, piece=5, sampling=hot, seed=s) for s in (1, 1, 2)]
+    assert runs[0] == runs[1] != runs[2]
+
+
+@pytest.mark.parametrize(
+    "prompts,settings,message",
+    [
+        ([], {}, "prompts is empty"),
+        ([[1, 2], []], {}, "prompt 1 is empty"),
+        ([[1, 99]], {}, "outside \\[0, 61\\)"),
+        ([[1]], {"max_tokens": -1}, "max_tokens=-1"),
+        ([[1]], {"sampling": generate_lib.Sampling(top_p=0.0)}, "top_p=0.0"),
+        ([[1]], {"sampling": generate_lib.Sampling(temperature=-1.0)}, "temperature=-1.0"),
+        ([[1]], {"piece": 0}, "piece=0"),
+    ],
+)
+def test_bad_requests_are_named(params, prompts, settings, message):
+    with pytest.raises(ValueError, match=message):
+        generate_lib.generate(params, TINY, prompts, **({"max_tokens": 2} | settings))
