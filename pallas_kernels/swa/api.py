@@ -55,9 +55,13 @@ def swa_attention(
     if backend == "reference":
         return reference.swa_attention(q, k, v, window=window, sinks=sinks, segment_ids=segment_ids, scale=scale)
     blocks = xla.choose_blocks(q.shape[1], window, sinks)
-    limit = q.shape[1]  # larger values mean the same, and could overflow int32
-    window, sinks = (jnp.minimum(x, limit).astype(jnp.int32) for x in (window, sinks))
+    window, sinks = _bounded(window, q.shape[1]), _bounded(sinks, q.shape[1])
     return _attention(blocks, scale, q, k, v, window, sinks, segment_ids)
+
+
+def _bounded(x: int | jax.Array, limit: int) -> jax.Array:
+    """Returns x as int32, at most `limit`: more than all tokens means the same and could overflow."""
+    return jnp.asarray(min(x, limit) if isinstance(x, int) else jnp.minimum(x, limit), jnp.int32)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))

@@ -61,7 +61,7 @@ def ttt_memory(
     aligned = state is None
     dtype = jnp.promote_types(q.dtype, jnp.float32)
     state = init_memory_state(init, q.shape[0]) if state is None else state
-    state = MemoryState(*jax.tree.map(lambda x: x.astype(dtype), tuple(state[:4])), state.count.astype(jnp.int32))
+    state = jax.tree.map(lambda x: x.astype(dtype), state)._replace(count=state.count.astype(jnp.int32))
     if backend == "reference":
         valid = jnp.ones(q.shape[:2], bool) if valid is None else valid
         reset = jnp.zeros(q.shape[:2], bool) if reset is None else reset

@@ -38,7 +38,7 @@ class MemoryState(NamedTuple):
     velocity: FastWeights
     pending: FastWeights
     momentum_sum: jax.Array
-    count: jax.Array
+    count: jax.Array  # type: ignore[assignment]  # hides tuple.count
 
 
 def init_memory_state(init: FastWeights, batch: int) -> MemoryState:
@@ -50,6 +50,6 @@ def init_memory_state(init: FastWeights, batch: int) -> MemoryState:
     """
     dtype = jnp.promote_types(init.gate.dtype, jnp.float32)
     weights = FastWeights(*(jnp.broadcast_to(w.astype(dtype), (batch, *w.shape)) for w in init))
-    zeros = FastWeights(*(jnp.zeros_like(w) for w in weights))
+    velocity, pending = (FastWeights(*(jnp.zeros_like(w) for w in weights)) for _ in range(2))  # own buffers: donatable
     momentum_sum = jnp.zeros((batch, init.gate.shape[0]), dtype)
-    return MemoryState(weights, zeros, zeros, momentum_sum, jnp.zeros((batch,), jnp.int32))
+    return MemoryState(weights, velocity, pending, momentum_sum, jnp.zeros((batch,), jnp.int32))

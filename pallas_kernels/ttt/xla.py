@@ -9,7 +9,7 @@ phase only. The forward pass keeps the state at the start of every block; the ba
 reverse, recomputing one at a time.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -112,7 +112,7 @@ def backward(chunk_size, aligned, residuals, cotangents):
         step, start, (blocks, marks, starts, counts, _to_blocks(d_out, size)), reverse=True
     )
     d_tokens = tuple(_join(x, length) for x in d_tokens)
-    no_cotangent = np.zeros(counts.shape[1:], jax.dtypes.float0)
+    no_cotangent: Any = np.zeros(counts.shape[1:], jax.dtypes.float0)
     return d_tokens, d_init, MemoryState(*d_floats, no_cotangent)
 
 
@@ -162,11 +162,16 @@ def _block(phases, chunk_size, plan, floats, tokens, init) -> tuple[jax.Array, F
 
 
 def _piece_if_any(floats, init, tokens, read, write):
-    """Like `_piece`, which costs nothing when no row has a token to read."""
-    nothing = jnp.zeros(tokens.q.shape, floats.momentum_sum.dtype)
-    return jax.lax.cond(
-        read.any(), lambda f, i, t: _piece(f, i, t, read, write), lambda f, i, t: (nothing, f), floats, init, tokens
-    )
+    """Like `_piece`, at no cost when no row has a token to read."""
+
+    @jax.checkpoint  # or the gradient would write zeros in the place of this phase's residuals
+    def taken(floats, init, tokens):
+        return _piece(floats, init, tokens, read, write)
+
+    def skipped(floats, init, tokens):
+        return jnp.zeros(tokens.q.shape, floats.momentum_sum.dtype), floats
+
+    return jax.lax.cond(read.any(), taken, skipped, floats, init, tokens)
 
 
 def _piece(floats, init, tokens, read, write) -> tuple[jax.Array, Floats]:
