@@ -62,8 +62,7 @@ def load_pretrained(
         wrongly shaped tensors come as one error that lists them all.
     """
     path = pathlib.Path(path).expanduser()
-    if dtype not in _DTYPES:
-        raise ValueError(f"dtype={dtype!r} is not one of {', '.join(map(repr, _DTYPES))}")
+    _np_dtype(dtype)
     overrides["dtype"] = dtype
     if path.is_dir():
         config, params = _load_folder(path, overrides)
@@ -72,6 +71,12 @@ def load_pretrained(
     else:
         raise FileNotFoundError(f"{path}: no such file or folder; give a local Hugging Face folder or a .gguf file")
     return config, params, tokenizer_lib.load_tokenizer(path)
+
+
+def _np_dtype(name: str) -> np.dtype:
+    if name not in _DTYPES:
+        raise ValueError(f"dtype={name!r} is not one of {', '.join(map(repr, _DTYPES))}")
+    return _DTYPES[name]
 
 
 def _load_gguf(path: pathlib.Path, overrides: dict[str, Any]) -> tuple[config_lib.ModelConfig, dict[str, Any]]:
@@ -218,7 +223,7 @@ def _file_name(rules: tuple[families.Rule, ...], path: str, layer: int | None) -
         return f"{path} (which no rule of this file format names)"
 
 
-def _raise_problems(source: pathlib.Path, problems: Mapping[str, list[str]]) -> None:
+def _raise_problems(source: pathlib.Path | str, problems: Mapping[str, list[str]]) -> None:
     lines = [f"  {kind}: {item}" for kind, items in problems.items() for item in items]
     if lines:
         raise ValueError(f"{source}: {len(lines)} tensors do not fit the config:\n" + "\n".join(lines))
@@ -333,7 +338,8 @@ def save_pretrained(
     memory = {name: np.asarray(leaf, np.float32) for name, leaf in flat.items() if name.startswith("layers/memory/")}
     backbone = {name: leaf for name, leaf in flat.items() if name not in memory}
     raw = families.config_to_hf(config)
-    np_dtype = _DTYPES[dtype or str(backbone["embed/embedding"].dtype)]
+    _check_params(config, backbone)
+    np_dtype = _np_dtype(dtype or str(backbone["embed/embedding"].dtype))
     raw |= {"torch_dtype": np_dtype.name, "transformers_version": transformers.__version__}
     if tokenizer is not None:
         raw |= {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
@@ -351,6 +357,20 @@ def save_pretrained(
         _replace_folder(part, path)
     finally:
         shutil.rmtree(part, ignore_errors=True)
+
+
+def _check_params(config: config_lib.ModelConfig, backbone: Mapping[str, Any]) -> None:
+    shapes = families.param_shapes(config)
+    problems = {
+        "unused": sorted(set(backbone) - set(shapes)),
+        "missing": sorted(set(shapes) - set(backbone)),
+        "wrong shape": [
+            f"{path} is {backbone[path].shape}, the config wants {shape}"
+            for path, shape in shapes.items()
+            if path in backbone and backbone[path].shape != shape
+        ],
+    }
+    _raise_problems("params", problems)
 
 
 class _Piece(NamedTuple):
@@ -371,15 +391,6 @@ def _write_backbone(
 ) -> None:
     """Writes the safetensors files and, when there are several, their index."""
     shapes = families.param_shapes(config)
-    _raise_problems(folder, {
-        "unused": sorted(set(backbone) - set(shapes)),
-        "missing": sorted(set(shapes) - set(backbone)),
-        "wrong shape": [
-            f"{path} is {backbone[path].shape}, the config wants {shape}"
-            for path, shape in shapes.items()
-            if path in backbone and backbone[path].shape != shape
-        ],
-    })  # fmt: skip
     pieces: dict[str, _Piece] = {}
     for path, shape in shapes.items():
         stacked = path.startswith("layers/")

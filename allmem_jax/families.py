@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -204,11 +204,7 @@ def config_from_hf(raw: Mapping[str, Any]) -> config_lib.ModelConfig:
     raw = _HF_DEFAULTS[family] | {
         key: value for key, value in raw.items() if value is not None or key == "sliding_window"
     }
-    wanted = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
-    if bad := [f"{key}={raw.get(key)!r}" for key in wanted if type(raw.get(key)) is not int]:
-        raise ValueError(f"config needs whole numbers in {', '.join(bad)}")
-    if raw["num_hidden_layers"] > _MOST_LAYERS:
-        raise ValueError(f"num_hidden_layers={raw['num_hidden_layers']} is beyond {_MOST_LAYERS}; is the file damaged?")
+    _check_sizes(raw)
     gemma = family == "gemma3_text"
     act = raw["hidden_activation" if gemma else "hidden_act"]
     if act not in _ACTIVATIONS:
@@ -244,6 +240,14 @@ def config_from_hf(raw: Mapping[str, Any]) -> config_lib.ModelConfig:
         local_rope_theta=local_theta if gemma else None,
         max_length=raw["max_position_embeddings"],
     )
+
+
+def _check_sizes(raw: Mapping[str, Any]) -> None:
+    wanted = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+    if bad := [f"{key}={raw.get(key)!r}" for key in wanted if type(raw.get(key)) is not int]:
+        raise ValueError(f"config needs whole numbers in {', '.join(bad)}")
+    if raw["num_hidden_layers"] > _MOST_LAYERS:
+        raise ValueError(f"num_hidden_layers={raw['num_hidden_layers']} is beyond {_MOST_LAYERS}; is the file damaged?")
 
 
 def _refuse_unsupported(raw: Mapping[str, Any]) -> None:
@@ -436,13 +440,7 @@ def config_from_gguf(
     def get(key: str, default: Any = None) -> Any:
         return metadata.get(f"{arch}.{key}", default)
 
-    wanted = ("block_count", "embedding_length", "feed_forward_length", "attention.head_count")
-    if missing := [f"{arch}.{key}" for key in wanted if get(key) is None]:
-        raise ValueError(f"GGUF metadata lacks {', '.join(missing)}")
-    if get("expert_count"):
-        raise ValueError(f"{arch}.expert_count={get('expert_count')}: mixtures of experts are not supported")
-    if "token_embd.weight" not in shapes:
-        raise ValueError("the GGUF file has no tensor 'token_embd.weight'")
+    _check_gguf(arch, get, shapes)
     family = "mistral" if arch == "llama" and get("attention.sliding_window") else _GGUF_FAMILIES[arch]
     n_heads = _uniform(arch, "attention.head_count", get("attention.head_count"))
     raw = {
@@ -482,6 +480,16 @@ def config_from_gguf(
     return config.replace(o_bias="blk.0.attn_output.bias" in shapes)
 
 
+def _check_gguf(arch: str, get: Callable[..., Any], shapes: Mapping[str, tuple[int, ...]]) -> None:
+    wanted = ("block_count", "embedding_length", "feed_forward_length", "attention.head_count")
+    if missing := [f"{arch}.{key}" for key in wanted if get(key) is None]:
+        raise ValueError(f"GGUF metadata lacks {', '.join(missing)}")
+    if get("expert_count"):
+        raise ValueError(f"{arch}.expert_count={get('expert_count')}: mixtures of experts are not supported")
+    if "token_embd.weight" not in shapes:
+        raise ValueError("the GGUF file has no tensor 'token_embd.weight'")
+
+
 def _uniform(arch: str, key: str, value: Any) -> int:
     """A number that GGUF may give once a layer."""
     values = set(np.atleast_1d(value).tolist())
@@ -495,7 +503,7 @@ def _decimal(value: float) -> float:
     return float(str(np.float32(value)))
 
 
-def _scaling_from_gguf(get) -> dict[str, Any] | None:
+def _scaling_from_gguf(get: Callable[..., Any]) -> dict[str, Any] | None:
     kind, factor = get("rope.scaling.type"), get("rope.scaling.factor", get("rope.scale_linear"))
     if kind is None and factor:
         kind = "linear"
