@@ -1,7 +1,22 @@
 """AllMem in JAX: pretrained language models with constant memory and constant cost per token."""
 
+from typing import Any
+
 from allmem_jax.config import ModelConfig, RopeScaling, preset
+from allmem_jax.generation import Sampling, generate
 from allmem_jax.model import AllMemLM
 from allmem_jax.state import DecodeState, init_state
 
-__all__ = ["AllMemLM", "DecodeState", "ModelConfig", "RopeScaling", "init_state", "preset"]
+__all__ = [
+    "AllMemLM", "DecodeState", "ModelConfig", "RopeScaling", "Sampling", "generate", "init_state", "load_pretrained",
+    "preset", "save_pretrained",
+]  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    """Imports `convert`, and transformers with it, only when a checkpoint is read or written."""
+    if name in ("load_pretrained", "save_pretrained"):
+        from allmem_jax import convert
+
+        return getattr(convert, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

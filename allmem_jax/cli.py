@@ -127,13 +127,12 @@ def generate(
         seed: Of the draws.
         chat: Take the prompt as a user's message, in the model's chat template.
     """
-    from allmem_jax import generate as generate_lib
-    from allmem_jax import text
+    from allmem_jax import generation, text
 
     prompt = sys.stdin.read() if prompt == "-" else prompt
     if not prompt.strip():
         raise ValueError("the prompt is empty: give some text to continue, or - to read it from standard input")
-    sampling = generate_lib.Sampling(temperature, top_k, top_p)
+    sampling = generation.Sampling(temperature, top_k, top_p)
     sampling.check()
     config, params, tokenizer = _load(model, mixing)
     if chat:
@@ -174,10 +173,9 @@ def chat(
         seed: Of the draws.
         context: Longest chat with --mixer full, in tokens.
     """
-    from allmem_jax import generate as generate_lib
-    from allmem_jax import text
+    from allmem_jax import generation, text
 
-    sampling = generate_lib.Sampling(temperature, top_k, top_p)
+    sampling = generation.Sampling(temperature, top_k, top_p)
     sampling.check()
     config, params, tokenizer = _load(model, mixing)
     messages = [{"role": "system", "content": system}] if system else []

@@ -8,12 +8,11 @@ import jax
 import transformers
 
 from allmem_jax import config as config_lib
-from allmem_jax import generate as generate_lib
-from allmem_jax import model, state
+from allmem_jax import generation, model, state
 
 Tokenizer = transformers.PreTrainedTokenizerBase
 
-GREEDY = generate_lib.Sampling()
+GREEDY = generation.Sampling()
 # What instruction-tuned models of the supported families end a turn with, beside the tokenizer's own end of sequence.
 TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<end_of_turn>", "<|endoftext|>")
 
@@ -56,7 +55,7 @@ def complete(
     prompt: str,
     *,
     max_tokens: int,
-    sampling: generate_lib.Sampling = GREEDY,
+    sampling: generation.Sampling = GREEDY,
     seed: int = 0,
     progress: Callable[[int], Any] | None = None,
 ) -> Iterator[str]:
@@ -79,10 +78,10 @@ def complete(
     sampling.check()
     ids = tokenizer.encode(prompt)
     if config.mixer == "full":
-        config = generate_lib.full_as_windowed(config, len(ids) + max_tokens)
-    logits, start = generate_lib.prefill(params, config, [ids], progress=progress)
+        config = generation.full_as_windowed(config, len(ids) + max_tokens)
+    logits, start = generation.prefill(params, config, [ids], progress=progress)
     stops = stop_tokens(tokenizer)
-    steps = generate_lib.stream(
+    steps = generation.stream(
         params, config, logits, start, max_tokens=max_tokens, sampling=sampling, stop_tokens=stops, seed=seed
     )
     drawn = (int(tokens[0]) for tokens, *_ in steps)
@@ -103,7 +102,7 @@ class Conversation:
     params: model.Params
     config: config_lib.ModelConfig
     tokenizer: Tokenizer
-    sampling: generate_lib.Sampling = GREEDY
+    sampling: generation.Sampling = GREEDY
     max_tokens: int = 512
     seed: int = 0
     context: int = 4096
@@ -117,7 +116,7 @@ class Conversation:
         self.sampling.check()
         self._room = None
         if self.config.mixer == "full":
-            self.config = generate_lib.full_as_windowed(self.config, self.context)
+            self.config = generation.full_as_windowed(self.config, self.context)
             self._room = self.config.window
 
     def reply(self, text: str) -> Iterator[str]:
@@ -130,7 +129,7 @@ class Conversation:
             self._seen, self._state = "", None
         new = self.tokenizer.encode(rendered[len(self._seen) :], add_special_tokens=False)
         self._check_room(len(new) + self.max_tokens)
-        logits, start = generate_lib.prefill(self.params, self.config, [new], state=self._state)
+        logits, start = generation.prefill(self.params, self.config, [new], state=self._state)
         answer: list[int] = []
         yield from decode_stream(self.tokenizer, self._tokens(logits, start, answer))
         spoken = [token for token in answer if token not in stop_tokens(self.tokenizer)]
@@ -141,7 +140,7 @@ class Conversation:
     def _tokens(self, logits: jax.Array, start: state.DecodeState, answer: list[int]) -> Iterator[int]:
         """Draws an answer into `answer`, stop token included, and yields it without; keeps the state after it."""
         stops = stop_tokens(self.tokenizer)
-        steps = generate_lib.stream(
+        steps = generation.stream(
             self.params, self.config, logits, start, max_tokens=self.max_tokens, sampling=self.sampling,
             stop_tokens=stops, seed=self.seed + len(self.messages),
         )  # fmt: skip

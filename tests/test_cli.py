@@ -6,55 +6,18 @@ import subprocess
 import sys
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
-import tokenizers
-import transformers
-from tokenizers import decoders, models, pre_tokenizers, trainers
+import tiny_folder
+from tiny_folder import WORDS, tiny_tokenizer
 
-from allmem_jax import cli, model, text
-from allmem_jax import config as config_lib
+from allmem_jax import cli, generation, model, text
 from allmem_jax import convert as convert_lib
-from allmem_jax import generate as generate_lib
-
-TEMPLATE = (
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-WORDS = "the whale and the sea were white, and the ship sailed on over the sea. " * 20
-
-
-def tiny_tokenizer():
-    """Byte-level BPE: 256 bytes, the end of a turn, and a few merges."""
-    backend = tokenizers.Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    backend.train_from_iterator(
-        [WORDS], trainers.BpeTrainer(vocab_size=280, special_tokens=special, initial_alphabet=alphabet)
-    )
-    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|im_end|>")
-    tokenizer.chat_template = TEMPLATE
-    return tokenizer
 
 
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory):
-    """A folder with a random Llama of two layers and a tokenizer, and no memory."""
-    tokenizer = tiny_tokenizer()
-    config = config_lib.ModelConfig(
-        vocab_size=len(tokenizer), d_model=16, n_layers=2, n_heads=2, n_kv_heads=1, head_dim=8, d_ff=16, d_mem=8,
-        window=24, sinks=2, chunk=8,
-    )  # fmt: skip
-    shapes = jax.eval_shape(lambda: model.init_params(config.replace(mixer="full")))
-    rng = np.random.default_rng(0)
-    params = jax.tree.map(lambda leaf: jnp.asarray(rng.normal(0, 0.3, leaf.shape), jnp.float32), shapes)
-    path = tmp_path_factory.mktemp("models") / "plain"
-    convert_lib.save_pretrained(path, config, params, tokenizer)
-    (path / convert_lib.ALLMEM_CONFIG).unlink()
-    return path
+    return tiny_folder.write(tmp_path_factory.mktemp("models") / "plain")
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +64,7 @@ def test_generate_is_the_greedy_continuation(converted, capsys):
     assert cli.main(["generate", str(converted), "the whale", "--max-tokens", "9"]) == 0
     out = capsys.readouterr().out
     config, params, tokenizer = convert_lib.load_pretrained(converted)
-    ids = generate_lib.generate(
+    ids = generation.generate(
         params, config, [tokenizer.encode("the whale")], max_tokens=9, stop_tokens=text.stop_tokens(tokenizer)
     )[0]
     assert out == "the whale" + tokenizer.decode(ids) + "\n"
@@ -129,8 +92,8 @@ def test_chat_reads_each_turn_once(converted, capsys, monkeypatch):
     import io
 
     read = []
-    prefill = generate_lib.prefill
-    monkeypatch.setattr(generate_lib, "prefill", lambda *a, **k: read.append(len(a[2][0])) or prefill(*a, **k))
+    prefill = generation.prefill
+    monkeypatch.setattr(generation, "prefill", lambda *a, **k: read.append(len(a[2][0])) or prefill(*a, **k))
     monkeypatch.setattr(sys, "stdin", io.StringIO("the whale?\nthe ship?\n\nnot read\n"))
     assert cli.main(["chat", str(converted), "--max-tokens", "5", "--temperature", "0", "--system", "a sea"]) == 0
     assert len(capsys.readouterr().out.splitlines()) >= 2
@@ -142,17 +105,17 @@ def test_chat_reads_each_turn_once(converted, capsys, monkeypatch):
 def test_a_conversation_equals_reading_all_its_tokens_at_once(converted, monkeypatch):
     config, params, tokenizer = convert_lib.load_pretrained(converted)
     read, stops = [], text.stop_tokens(tokenizer)
-    prefill = generate_lib.prefill
-    monkeypatch.setattr(generate_lib, "prefill", lambda *a, **k: read.append(list(a[2][0])) or prefill(*a, **k))
+    prefill = generation.prefill
+    monkeypatch.setattr(generation, "prefill", lambda *a, **k: read.append(list(a[2][0])) or prefill(*a, **k))
     talk = text.Conversation(params, config, tokenizer, max_tokens=6)
     answers = ["".join(talk.reply(message)) for message in ("the whale?", "and the sea?")]
     monkeypatch.undo()
     assert [m["content"] for m in talk.messages[1::2]] == answers
     first, second = read
-    said = generate_lib.generate(params, config, [first], max_tokens=6)[0]
+    said = generation.generate(params, config, [first], max_tokens=6)[0]
     ends = [place for place, token in enumerate(said) if token in stops]
     said = said[: ends[0] + 1] if ends else said
-    whole = generate_lib.generate(params, config, [first + said + second], max_tokens=6, stop_tokens=stops)[0]
+    whole = generation.generate(params, config, [first + said + second], max_tokens=6, stop_tokens=stops)[0]
     assert answers[1] == tokenizer.decode(whole, skip_special_tokens=True)
 
 

@@ -3,9 +3,9 @@
     python -m train.recall                           # AllMem, its writing-off control and SWA + sinks; about 2 minutes
     python -m train.recall --variants allmem --model.qk_scale rms --pairs 8 --steps 2000
 
-A tiny model reads key-value pairs, then noise longer than the reach of its windows, then the keys again in another order, and must
-answer each with its value (multi-query associative recall, arXiv 2312.04927). Training stops at `target` accuracy or
-after `steps`: a count of steps, so that the result is the same on every machine.
+A tiny model reads key-value pairs, then noise longer than the reach of its windows, then the keys again in another order,
+and must answer each with its value (multi-query associative recall, arXiv 2312.04927). Training stops at `target`
+accuracy or after `steps`: a count of steps, so that the result is the same on every machine.
 
     B batch    L tokens    P pairs    V vocabulary: keys, then values, then noise
 """
@@ -158,7 +158,13 @@ def train(config: RecallConfig, variant: Variant) -> dict[str, Any]:
                     break
     test = jax.jit(lambda p, i: loss_and_accuracy(p, jax.random.fold_in(data_key, i))[1])
     fresh = float(np.mean([test(params, jnp.int32(10**6 + i)) for i in range(20)]))
-    return {"variant": variant, "steps": steps, "accuracy": fresh, "seconds": time.perf_counter() - start, "curve": curve}
+    return {
+        "variant": variant,
+        "steps": steps,
+        "accuracy": fresh,
+        "seconds": time.perf_counter() - start,
+        "curve": curve,
+    }
 
 
 def main(config: RecallConfig) -> list[dict[str, Any]]:

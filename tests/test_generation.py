@@ -5,8 +5,7 @@ import numpy as np
 import pytest
 from test_model import TINY, random_params, random_tokens
 
-from allmem_jax import generate as generate_lib
-from allmem_jax import model
+from allmem_jax import generation, model
 
 pytestmark = pytest.mark.core
 
@@ -19,7 +18,7 @@ def params():
 def test_greedy_follows_the_forward_pass(params):
     """Ragged prompts, in pieces shorter than most of them, against the forward pass over the whole row."""
     prompts = [random_tokens(1, length, seed=length)[0].tolist() for length in (1, 7, 12)]
-    out = generate_lib.generate(params, TINY, prompts, max_tokens=10, piece=5)
+    out = generation.generate(params, TINY, prompts, max_tokens=10, piece=5)
     forward = jax.jit(lambda t: model.AllMemLM(TINY).apply({"params": params}, t))
     for prompt, answer in zip(prompts, out, strict=True):
         row = np.zeros((1, 22), np.int32)
@@ -31,7 +30,7 @@ def test_greedy_follows_the_forward_pass(params):
 def test_full_mixer_generates_like_the_original(params):
     config = TINY.replace(mixer="full")
     prompt = random_tokens(1, 9)[0].tolist()
-    (answer,) = generate_lib.generate(params, config, [prompt], max_tokens=6, piece=5)
+    (answer,) = generation.generate(params, config, [prompt], max_tokens=6, piece=5)
     row = np.asarray([prompt + answer], np.int32)
     predicted = np.asarray(jax.jit(lambda t: model.AllMemLM(config).apply({"params": params}, t))(row)).argmax(-1)[0]
     assert answer == predicted[len(prompt) - 1 : -1].tolist()
@@ -39,13 +38,13 @@ def test_full_mixer_generates_like_the_original(params):
 
 def test_stop_tokens_end_rows_one_by_one(params):
     prompts = [random_tokens(1, length, seed=length)[0].tolist() for length in (7, 12)]
-    free = generate_lib.generate(params, TINY, prompts, max_tokens=10, piece=5)
+    free = generation.generate(params, TINY, prompts, max_tokens=10, piece=5)
     stop = free[0][3]
-    stopped = generate_lib.generate(params, TINY, prompts, max_tokens=10, piece=5, stop_tokens=[stop])
+    stopped = generation.generate(params, TINY, prompts, max_tokens=10, piece=5, stop_tokens=[stop])
     for whole, short in zip(free, stopped, strict=True):
         assert short == (whole[: whole.index(stop)] if stop in whole else whole)
     seen: list[tuple[list[int], list[bool]]] = []
-    generate_lib.generate(
+    generation.generate(
         params, TINY, prompts, max_tokens=10, piece=5, stop_tokens=[stop],
         on_tokens=lambda tokens, live: seen.append((tokens.tolist(), live.tolist())),
     )  # fmt: skip
@@ -56,25 +55,24 @@ def test_stop_tokens_end_rows_one_by_one(params):
 def test_a_saved_state_answers_again(params):
     """Read once, ask twice: a state is a value, and using it does not change it."""
     book, questions = random_tokens(1, 15)[0].tolist(), [[3, 4], [5, 6, 7]]
-    _, state = generate_lib.prefill(params, TINY, [book], piece=5)
+    _, state = generation.prefill(params, TINY, [book], piece=5)
     for question in questions:
-        asked = generate_lib.generate(params, TINY, [question], max_tokens=4, piece=5, state=state)
-        assert asked == generate_lib.generate(params, TINY, [book + question], max_tokens=4, piece=5)
+        asked = generation.generate(params, TINY, [question], max_tokens=4, piece=5, state=state)
+        assert asked == generation.generate(params, TINY, [book + question], max_tokens=4, piece=5)
 
 
 def test_long_generation_compiles_once(params):
     """2,000 tokens, and prompts of many lengths: one program each, and a state that does not grow."""
-    before = generate_lib.decode_step._cache_size(), generate_lib.prefill_piece._cache_size()
+    before = generation.decode_step._cache_size(), generation.prefill_piece._cache_size()
     config = TINY.replace(max_length=1234)  # its own cache entry
     for length in (3, 40, 111):
-        logits, state = generate_lib.prefill(params, config, [random_tokens(1, length)[0]], piece=16)
-    steps = generate_lib.stream(params, config, logits, state, max_tokens=2000)
+        logits, state = generation.prefill(params, config, [random_tokens(1, length)[0]], piece=16)
+    steps = generation.stream(params, config, logits, state, max_tokens=2000)
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
-    for _, _, _, last in steps:
-        pass
+    *_, (_, _, _, last) = steps
     assert int(last.position[0]) == 111 + 2000
     assert sum(leaf.nbytes for leaf in jax.tree.leaves(last)) == size
-    assert (generate_lib.decode_step._cache_size(), generate_lib.prefill_piece._cache_size()) == (
+    assert (generation.decode_step._cache_size(), generation.prefill_piece._cache_size()) == (
         before[0] + 1,
         before[1] + 1,
     )
@@ -82,11 +80,11 @@ def test_long_generation_compiles_once(params):
 
 def test_sampling_follows_the_distribution():
     logits = np.log(np.array([0.5, 0.25, 0.15, 0.1], np.float32))
-    draw = jax.jit(lambda s: generate_lib.sample(jax.random.key(0), np.tile(logits, (20_000, 1)), s))
+    draw = jax.jit(lambda s: generation.sample(jax.random.key(0), np.tile(logits, (20_000, 1)), s))
 
     def frequencies(**settings) -> np.ndarray:
         settings = {"temperature": 1.0, "top_k": 0, "top_p": 1.0} | settings
-        return np.bincount(draw(generate_lib.Sampling(**settings)), minlength=4) / 20_000
+        return np.bincount(draw(generation.Sampling(**settings)), minlength=4) / 20_000
 
     np.testing.assert_allclose(frequencies(), [0.5, 0.25, 0.15, 0.1], atol=0.015)
     np.testing.assert_allclose(frequencies(top_k=2), [2 / 3, 1 / 3, 0, 0], atol=0.015)
@@ -100,8 +98,8 @@ def test_sampling_follows_the_distribution():
 
 def test_seeds_repeat(params):
     prompt = [random_tokens(1, 7)[0].tolist()]
-    hot = generate_lib.Sampling(temperature=1.5)
-    runs = [generate_lib.generate(params, TINY, prompt, max_tokens=8, piece=5, sampling=hot, seed=s) for s in (1, 1, 2)]
+    hot = generation.Sampling(temperature=1.5)
+    runs = [generation.generate(params, TINY, prompt, max_tokens=8, piece=5, sampling=hot, seed=s) for s in (1, 1, 2)]
     assert runs[0] == runs[1] != runs[2]
 
 
@@ -112,11 +110,11 @@ def test_seeds_repeat(params):
         ([[1, 2], []], {}, "prompt 1 is empty"),
         ([[1, 99]], {}, "outside \\[0, 61\\)"),
         ([[1]], {"max_tokens": -1}, "max_tokens=-1"),
-        ([[1]], {"sampling": generate_lib.Sampling(top_p=0.0)}, "top_p=0.0"),
-        ([[1]], {"sampling": generate_lib.Sampling(temperature=-1.0)}, "temperature=-1.0"),
+        ([[1]], {"sampling": generation.Sampling(top_p=0.0)}, "top_p=0.0"),
+        ([[1]], {"sampling": generation.Sampling(temperature=-1.0)}, "temperature=-1.0"),
         ([[1]], {"piece": 0}, "piece=0"),
     ],
 )
 def test_bad_requests_are_named(params, prompts, settings, message):
     with pytest.raises(ValueError, match=message):
-        generate_lib.generate(params, TINY, prompts, **({"max_tokens": 2} | settings))
+        generation.generate(params, TINY, prompts, **({"max_tokens": 2} | settings))
