@@ -3,9 +3,9 @@
     python -m train.recall                           # AllMem, its writing-off control and SWA + sinks; about 2 minutes
     python -m train.recall --variants allmem --model.qk_scale rms --pairs 8 --steps 2000
 
-A tiny model reads key-value pairs, then noise longer than the reach of its windows, then the keys again in another order,
-and must answer each with its value (multi-query associative recall, arXiv 2312.04927). Training stops at `target`
-accuracy or after `steps`: a count of steps, so that the result is the same on every machine.
+A tiny model reads key-value pairs, then noise longer than the reach of its windows, then the keys again in another
+order, and must answer each with its value (multi-query associative recall, arXiv 2312.04927). Training stops at
+`target` accuracy or after `steps`: a count of steps, so that the result is the same on every machine.
 
     B batch    L tokens    P pairs    V vocabulary: keys, then values, then noise
 """
