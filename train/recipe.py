@@ -121,6 +121,12 @@ class FinetuneConfig:
                 raise ValueError(f"{name}={getattr(self, name)} must be above 0 and at most 1")
         if self.learning_rate <= 0 or self.clip <= 0 or self.warmup < 0 or self.ce_weight < 0:
             raise ValueError("learning_rate and clip must be positive, warmup and ce_weight not negative")
+        rows = self.mesh[0] * self.mesh[1]
+        if min(self.mesh) < 1 or self.batch % rows or self.seq_length % self.mesh[3]:
+            raise ValueError(
+                f"mesh={self.mesh} does not fit: batch={self.batch} rows must divide by data * fsdp = {rows}, and "
+                f"seq_length={self.seq_length} by context = {self.mesh[3]}"
+            )
         if self.beyond_window and self.window[1] + self.sinks[1] >= self.seq_length:
             raise ValueError(
                 f"beyond_window leaves no position: window and sinks reach {self.window[1] + self.sinks[1]} and "

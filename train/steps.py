@@ -81,8 +81,8 @@ def make_optimizer(
 
 
 def init_state(memory: model.Params, optimizer: optax.GradientTransformation) -> TrainState:
-    """The state before the first step; a copy, so that a step may take over its buffers."""
-    memory = jax.tree.map(jnp.copy, memory)
+    """The state before the first step: a copy, so that a step may take over its buffers, and without weak types."""
+    memory = jax.tree.map(lambda leaf: jnp.array(leaf, leaf.dtype), memory)
     return TrainState(memory, optimizer.init(memory), jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32))
 
 
@@ -201,9 +201,9 @@ def distill_step(
     """
     grad_fn = jax.value_and_grad(distill_loss, has_aux=True)
     (value, metrics), grads = grad_fn(state.memory, backbone, config, loss, batch, teacher, window, sinks, key)
-    grad_norm = optax.global_norm(grads)
+    grad_norm = optax.tree.norm(grads)
     updates, optimizer_state = optimizer.update(grads, state.optimizer, state.memory)
-    update_norm = optax.global_norm(updates)
+    update_norm = optax.tree.norm(updates)
     finite = jnp.isfinite(value) & jnp.isfinite(grad_norm) & jnp.isfinite(update_norm)
 
     def choose(new: Any, old: Any) -> Any:

@@ -1,0 +1,280 @@
+"""Distillation on a toy: step functions, exact resume after any kind of stop, and errors that say what to do."""
+
+import dataclasses
+import functools
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from allmem_jax import model, sharding
+from train import checkpoint, finetune, metrics, steps, tiny
+from train.recipe import FinetuneConfig
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A text, and a compilation cache that the runs of this file and their subprocesses share."""
+    folder = tmp_path_factory.mktemp("train")
+    words = np.random.default_rng(0).choice("a bc def ghi jklm no".split(" "), 600)
+    (folder / "text.txt").write_text(" ".join(words))
+    old = {name: getattr(jax.config, name) for name in CACHE}
+    for name, value in {**CACHE, "jax_compilation_cache_dir": str(folder / "compiled")}.items():
+        jax.config.update(name, value)
+    yield folder
+    for name, value in old.items():
+        jax.config.update(name, value)
+
+
+CACHE = {"jax_compilation_cache_dir": None, "jax_persistent_cache_min_compile_time_secs": 0.0}
+
+
+@pytest.fixture(scope="module")
+def recipe(folder):
+    return FinetuneConfig(
+        model="tiny", texts=(str(folder / "text.txt"),), out=str(folder / "whole"), cache=str(folder / "cache"),
+        steps=6, batch=2, seq_length=48, window=(12, 32), sinks=(0, 3), chunk=(8,), d_mem=8, positions=0.5,
+        learning_rate=1e-2, warmup=2, checkpoint_every=2,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def pretrained(recipe):
+    return finetune.load(recipe)
+
+
+@pytest.fixture(scope="module")
+def whole(recipe, pretrained):
+    """An uninterrupted run: its metrics, without the timings, and its memory."""
+    return outcome(finetune.run(recipe, pretrained))
+
+
+def outcome(out):
+    lines = metrics.read_metrics(out / "metrics.jsonl")
+    for line in lines:
+        line.pop("tokens_per_s")
+    return lines, finetune.trained_memory(out)
+
+
+def same(got, want):
+    assert got[0] == want[0]
+    jax.tree.map(np.testing.assert_array_equal, got[1], want[1])
+
+
+@pytest.fixture(scope="module")
+def toy(recipe, pretrained):
+    """(jitted step, state, backbone, batch, teacher) as the loop has them."""
+    mesh = sharding.make_mesh()
+    optimizer = finetune._optimizer(recipe)
+    state = sharding.place(steps.init_state(pretrained.memory, optimizer), mesh)
+    step = finetune._student_steps(recipe, pretrained.config, optimizer, sharding.tree_shardings(state, mesh))(8)
+    tokens = np.random.default_rng(1).integers(97, 110, (2, 49)).astype(np.int32)
+    arrays = {"tokens": tokens[:, :-1], "targets": tokens[:, 1:], "mask": np.ones((2, 48), bool)}
+    batch = finetune._place_batch(arrays, mesh, packed=False)
+    backbone = sharding.place(pretrained.backbone, mesh)
+    teacher = jax.jit(functools.partial(steps.teacher_hidden, config=pretrained.config))(backbone, batch=batch)
+    fresh = lambda: jax.tree.map(jnp.copy, state)  # noqa: E731, a step consumes its state
+    return step, fresh, backbone, batch, teacher
+
+
+def test_windows_and_sinks_compile_once_and_the_loss_falls(toy):
+    step, fresh, backbone, batch, teacher = toy
+    state, kls = fresh(), []
+    rng = np.random.default_rng(0)
+    for number in range(20):
+        window, sinks = rng.integers(8, 40, dtype=np.int32), rng.integers(0, 4, dtype=np.int32)
+        window, sinks = (np.int32(12), np.int32(1)) if number in (0, 19) else (window, sinks)
+        state, values = step(state, backbone, batch, teacher, window, sinks, jax.random.key(number % 19))
+        kls.append(float(values["kl"]))
+    assert step._cache_size() == 1
+    assert kls[19] < kls[0]
+    assert jax.tree.structure(state.memory) == jax.tree.structure(fresh().memory)
+    assert values["kl_inside"] < 0.1 * values["kl_beyond"]
+    trained = sum(leaf.size for leaf in jax.tree.leaves(state.memory))
+    assert sum(leaf.size for leaf in jax.tree.leaves(state.optimizer)) < 2.1 * trained
+
+
+def test_a_step_that_is_not_finite_changes_nothing(toy):
+    step, fresh, backbone, batch, teacher = toy
+    args = (np.int32(12), np.int32(1), jax.random.key(0))
+    state, values = step(fresh(), backbone, batch, jnp.full_like(teacher, jnp.nan), *args)
+    assert (int(state.skipped), int(state.skipped_in_a_row)) == (1, 1)
+    jax.tree.map(np.testing.assert_array_equal, state[:2], fresh()[:2])
+    state, _ = step(state, backbone, batch, teacher, *args)
+    assert (int(state.skipped), int(state.skipped_in_a_row)) == (1, 0)
+    assert float(jnp.abs(state.memory["layers"]["memory"]["alpha"]).max()) > 0
+
+
+def test_stopped_by_sigterm_goes_on_with_the_same_losses(recipe, pretrained, whole, folder, monkeypatch):
+    config = dataclasses.replace(recipe, out=str(folder / "stopped"))
+    show = metrics.Progress.show
+
+    def show_and_stop(self, line):
+        show(self, line)
+        if line["step"] == 3:
+            signal.raise_signal(signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(metrics.Progress, "show", show_and_stop)
+        with pytest.raises(SystemExit) as stop:
+            finetune.run(config, pretrained)
+    assert stop.value.code == 128 + signal.SIGTERM
+    assert not (folder / "stopped/allmem.safetensors").exists()
+    same(outcome(finetune.run(config, pretrained)), whole)
+    same(outcome(finetune.run(config, pretrained)), whole)  # nothing left to do
+
+
+def test_killed_goes_on_with_the_same_losses(recipe, pretrained, whole, folder):
+    config = dataclasses.replace(recipe, out=str(folder / "killed"))
+    program = (
+        "import time\nfrom train import finetune, metrics\nfrom train.recipe import FinetuneConfig\n"
+        "show = metrics.Progress.show\n"
+        "def slowly(self, line):\n    show(self, line)\n    time.sleep(60 * (line['step'] == 5))\n"
+        f"metrics.Progress.show = slowly\nfinetune.run({config!r})\n"
+    )
+    env = {**os.environ, "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"), "PYTHONPATH": ROOT}
+    process = subprocess.Popen([sys.executable, "-c", program], env=env, cwd=folder)
+    log = folder / "killed/metrics.jsonl"
+    while process.poll() is None and not (log.exists() and log.read_text().count("\n") == 5):
+        time.sleep(0.1)
+    assert process.poll() is None, "the run ended by itself"
+    process.kill()
+    process.wait()
+    with log.open("a") as file:
+        file.write('{"step": 6, "lo')  # what a kill in mid-write leaves
+    same(outcome(finetune.run(config, pretrained)), whole)
+
+
+def test_too_many_bad_steps_stop_with_a_reason(recipe, pretrained, folder):
+    config = dataclasses.replace(recipe, out=str(folder / "bad"), max_bad_steps=2)
+    alpha = pretrained.memory["layers"]["memory"] | {"alpha": jnp.full((2, 32), jnp.inf)}
+    pretrained = pretrained._replace(memory={"layers": {"memory": alpha}})
+    with pytest.raises(FloatingPointError, match="2 steps in a row had a loss or gradient that is not finite"):
+        finetune.run(config, pretrained)
+    lines = metrics.read_metrics(folder / "bad/metrics.jsonl")
+    assert [line["skipped"] for line in lines] == [1, 2] and lines[0]["loss"] is None
+
+
+def test_a_checkpoint_of_another_recipe_or_model_is_refused(recipe, pretrained, whole):
+    before = (pathlib.Path(recipe.out) / "metrics.jsonl").read_text()
+    with pytest.raises(checkpoint.CheckpointMismatch, match="learning_rate is 0.01 there and 0.02 here"):
+        finetune.run(dataclasses.replace(recipe, learning_rate=2e-2), pretrained)
+    other = pretrained._replace(backbone=tiny.backbone(seed=1))
+    with pytest.raises(checkpoint.CheckpointMismatch, match="backbone is"):
+        finetune.run(recipe, other)
+    assert (pathlib.Path(recipe.out) / "metrics.jsonl").read_text() == before
+
+
+def test_nan_weights_are_named(recipe, pretrained, folder):
+    scale = pretrained.backbone["final_norm"]["scale"].at[3].set(jnp.nan)
+    pretrained = pretrained._replace(backbone={**pretrained.backbone, "final_norm": {"scale": scale}})
+    config = dataclasses.replace(recipe, out=str(folder / "nan"))
+    with pytest.raises(ValueError, match="NaN or infinite weights in final_norm/scale"):
+        finetune.run(config, pretrained)
+    assert not (folder / "nan").exists()
+
+
+@pytest.mark.slow
+def test_a_mesh_of_four_devices_gives_the_same_losses(recipe, whole, folder):
+    config = dataclasses.replace(recipe, out=str(folder / "mesh"), mesh=(1, 2, 2, 1))
+    env = {
+        **os.environ,
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0",
+        "PYTHONPATH": ROOT,
+    }
+    program = f"from train import finetune\nfrom train.recipe import FinetuneConfig\nfinetune.run({config!r})\n"
+    subprocess.run([sys.executable, "-c", program], env=env, cwd=folder, check=True, timeout=300)
+    got, want = outcome(folder / "mesh"), whole
+    np.testing.assert_allclose([line["kl"] for line in got[0]], [line["kl"] for line in want[0]], rtol=1e-3)
+
+
+def test_schedule_rises_holds_and_falls():
+    rate = steps.wsd_schedule(2.0, steps=10, warmup=2, decay=0.4)
+    np.testing.assert_allclose([rate(i) for i in range(11)], [1, 2, 2, 2, 2, 2, 2, 1.5, 1, 0.5, 0], rtol=1e-6)
+
+
+def test_weight_decay_is_on_projections_only():
+    memory = model.init_memory(tiny.CONFIG, 0)
+    optimizer = steps.make_optimizer(lambda count: 1.0, (0.9, 0.95), 0.1, 1.0)
+    updates, _ = optimizer.update(jax.tree.map(jnp.zeros_like, memory), optimizer.init(memory), memory)
+    moved = {sharding.path_string(p) for p, x in jax.tree_util.tree_leaves_with_path(updates) if jnp.any(x)}
+    names = ("q", "k", "v", "out", "lr", "momentum", "gate")
+    assert moved == {f"layers/memory/{name}_proj/kernel" for name in names}
+
+
+def test_positions_are_distinct_and_allowed_ones_first():
+    allowed = jnp.asarray(np.random.default_rng(0).random((3, 40)) < [[0.5], [0.1], [0.9]])
+    index, use = jax.jit(steps.choose_positions, static_argnums=2)(jax.random.key(0), allowed, 10)
+    for row in range(3):
+        assert len(set(index[row].tolist())) == 10
+        np.testing.assert_array_equal(np.asarray(allowed)[row, index[row]], use[row])
+        assert use[row].sum() == min(10, allowed[row].sum())
+
+
+def test_offsets_restart_with_each_document():
+    segments = jnp.asarray([[1, 1, 1, 2, 2, 0, 0, 3]])
+    batch = steps.Batch(segments, segments, segments > 0, segments)
+    np.testing.assert_array_equal(steps.offsets_in_document(batch), [[0, 1, 2, 0, 1, 0, 1, 0]])
+    plain = steps.offsets_in_document(batch._replace(segment_ids=None))
+    np.testing.assert_array_equal(plain, [np.arange(8)])
+
+
+def test_draws_depend_on_seed_and_step_alone():
+    config = FinetuneConfig(chunk=(8, 16), window=(10, 20), sinks=(0, 3))
+    drawn = [config.draw(step) for step in range(200)]
+    assert drawn == [config.draw(step) for step in range(200)]
+    assert drawn != [dataclasses.replace(config, seed=1).draw(step) for step in range(200)]
+    assert [set(values) for values in zip(*drawn, strict=True)] == [{8, 16}, set(range(10, 21)), set(range(4))]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model": ""}, "model is not set: give --model"),
+        ({"steps": 0}, "steps=0 must be at least 1"),
+        ({"window": (9, 8)}, r"window=\(9, 8\) must be a range"),
+        ({"chunk": ()}, "chunk="),
+        ({"pack": True, "chunk": (8, 12)}, "pack needs chunk sizes that divide the largest"),
+        ({"positions": 0.0}, "positions=0.0 must be above 0"),
+        ({"beyond_window": True, "window": (48, 48)}, "beyond_window leaves no position"),
+        ({"mesh": (64, 1, 1, 1)}, "batch=2 rows"),
+    ],
+)
+def test_recipes_that_cannot_work(recipe, change, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(recipe, **change).check()
+
+
+def test_blind_gap_is_warned_of(recipe):
+    with pytest.warns(UserWarning, match="up to 4 tokens are seen by neither"):
+        dataclasses.replace(recipe, window=(4, 32)).check()
+
+
+def test_command_line(capsys, tmp_path):
+    with pytest.raises(SystemExit, match="no recipe at nowhere.py"):
+        finetune.main(["nowhere.py"])
+    (tmp_path / "empty.py").write_text("")
+    with pytest.raises(SystemExit, match="must define `config = FinetuneConfig"):
+        finetune.main([str(tmp_path / "empty.py")])
+    with pytest.raises(SystemExit):
+        finetune.main([os.path.join(ROOT, "configs/smoke.py"), "--help"])
+    shown = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert "--learning-rate" in shown and "first tokens that stay visible" in shown
+    with pytest.raises(SystemExit):
+        finetune.main([os.path.join(ROOT, "configs/smoke.py"), "--steps", "many"])
+
+
+def test_every_recipe_is_valid():
+    folder = pathlib.Path(ROOT, "configs")
+    for file in sorted(folder.glob("*.py")):
+        if "FinetuneConfig(" in file.read_text():
+            dataclasses.replace(finetune.read_recipe(str(file)), model="x", texts=("y",)).check()
