@@ -61,13 +61,14 @@ def hidden_states(
 ) -> jax.Array:
     """Final hidden states [B, L, d] of tokens [B, L]; traced `window` and `sinks` replace the config's."""
     lm = model.AllMemLM(config)
-    return lm.apply({"params": params}, tokens, window=window, sinks=sinks, return_hidden=True)
+    return jnp.asarray(lm.apply({"params": params}, tokens, window=window, sinks=sinks, return_hidden=True))
 
 
 @functools.partial(jax.jit, static_argnames="config")
-def _divergence(
+def divergence(
     params: model.Params, config: config_lib.ModelConfig, student: jax.Array, teacher: jax.Array, targets: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """KL(teacher || student), the student's and the teacher's cross-entropy [B, L], from hidden states [B, L, d]."""
     return losses.distill_losses(student, teacher, model.head_kernel(params, config), targets)
 
 
@@ -111,7 +112,7 @@ def compare(
             params = model.merge_params(backbone, variant.memory) if variant.memory else backbone
             student = hidden_states(params, variant.config, inputs)
             kl, ce, teacher_ce = (
-                np.asarray(x)[:real] for x in _divergence(backbone, teacher_config, student, teacher, targets)
+                np.asarray(x)[:real] for x in divergence(backbone, teacher_config, student, teacher, targets)
             )
             _check_finite(ORIGINAL, teacher_ce)
             _check_finite(variant.name, kl + ce)

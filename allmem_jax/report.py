@@ -145,7 +145,7 @@ def gap_rows(evaluation: dict[str, Any], memory: str, control: str) -> list[Row]
     """Per text and over all: share closed by the memory, by its control, and their difference with its error."""
     ours, theirs = (evals.gap_closed(evaluation, name) for name in (memory, control))
     difference = evals.gap_difference(evaluation, memory, control)
-    rows = []
+    rows: list[Row] = []
     for text in ours:
         share, error = difference[text]
         rows.append((text, f"{ours[text]:.1%}".replace("%", " %"), f"{theirs[text]:.1%}".replace("%", " %"),

@@ -1,0 +1,80 @@
+"""The demo's chain and the comparison table on a tiny random model and made-up books."""
+
+import dataclasses
+import json
+import os
+
+import numpy as np
+import pytest
+import tiny_folder
+
+from allmem_jax import convert, evals
+from train import books, compare, demo, fetch, finetune
+
+RECIPE = """
+from train.recipe import FinetuneConfig
+config = FinetuneConfig(model="set by the demo", out="set by the demo", cache={cache!r}, steps=3, batch=2,
+    seq_length=64, window=(16, 16), sinks=(2, 2), chunk=(8,), d_mem=8, warmup=1, checkpoint_every=2)
+"""
+
+
+@pytest.fixture
+def setting(tmp_path, monkeypatch):
+    """Nothing is fetched: a tiny model and books of random words."""
+    folder = tiny_folder.write(tmp_path / "tiny")
+    words = np.random.default_rng(0).choice(tiny_folder.WORDS.split(" "), (4, 800))
+    texts = [books.Book(f"Book {i}", ("prose", "poem")[i % 2], " ".join(row)) for i, row in enumerate(words)]
+    monkeypatch.setattr(fetch, "fetch", lambda name: folder)
+    monkeypatch.setattr(books, "train_books", lambda: texts[:2])
+    monkeypatch.setattr(books, "heldout_books", lambda: texts[2:])
+    (tmp_path / "recipe.py").write_text(RECIPE.format(cache=str(tmp_path / "cache")))
+    return demo.DemoConfig(recipe=str(tmp_path / "recipe.py"), out=tmp_path / "out", length=96, passage=40,
+                           sample_tokens=4)  # fmt: skip
+
+
+@pytest.mark.slow
+def test_the_chain_and_its_second_run(setting, capsys, monkeypatch):
+    page = demo.run(setting)
+    out = capsys.readouterr().out
+    assert str(page) in out and "reused" not in out
+    saved = json.loads((setting.out / "report.json").read_text())
+    rows = saved["evaluation"]["texts"]["Book 2 (prose)"]
+    assert list(rows) == [evals.ORIGINAL, evals.SWA, demo.BEFORE, evals.CONVERTED, evals.WRITE_OFF, demo.CONTROL]
+    assert rows[demo.BEFORE]["kl_beyond"] == pytest.approx(rows[evals.SWA]["kl_beyond"], rel=1e-4)
+    assert rows[evals.CONVERTED]["kl_beyond"] != pytest.approx(rows[evals.SWA]["kl_beyond"], rel=1e-6)
+    assert [len(steps) for steps in saved["training"].values()] == [3, 3] and len(saved["samples"]) == 2
+    assert "differen" in page.read_text() and demo.CONTROL in page.read_text()
+    config, params, _ = convert.load_pretrained(next((setting.out / "runs").iterdir()) / "memory" / "model")
+    assert (config.window, config.chunk) == (16, 8) and np.any(params["layers"]["memory"]["alpha"])
+
+    monkeypatch.setattr(finetune, "load", lambda recipe: pytest.fail("a complete run loads no model"))
+    os.remove(page)
+    demo.run(setting)
+    assert capsys.readouterr().out.count("reused") == 5 and page.exists()
+
+
+def test_settings_name_the_stages(setting):
+    recipe = finetune.read_recipe(setting.recipe)
+    same = demo.key(setting, recipe)
+    assert same == demo.key(dataclasses.replace(setting, out="elsewhere"), dataclasses.replace(recipe, out="there"))
+    assert same != demo.key(dataclasses.replace(setting, length=97), recipe)
+    assert same != demo.key(setting, dataclasses.replace(recipe, learning_rate=1.0))
+
+
+def test_the_table_compiles_once_for_all_windows(setting, tmp_path):
+    (tmp_path / "a.txt").write_text(tiny_folder.WORDS)
+    given = compare.CompareConfig(texts=(tmp_path / "a.txt",), windows=(8, 8, 16), sinks=(0, 4, 4), length=48)
+    evals.hidden_states.clear_cache()
+    results = compare.run(given)
+    assert evals.hidden_states._cache_size() == 2  # the original, and all of the windowed
+    assert list(results["a.txt"]) == ["8/0", "8/4", "16/4"]
+    config, params, tokenizer = convert.load_pretrained(tmp_path / "tiny", window=16, sinks=4)
+    tokens = evals.cut(tokenizer.encode(tiny_folder.WORDS), 48, 1)
+    scores = evals.compare(config, params, tokens, evals.standard_variants(config, None))
+    row = evals.summarise(scores, 16)[evals.SWA]
+    assert results["a.txt"]["16/4"] == pytest.approx((row["kl_inside"], row["kl_beyond"]), rel=1e-4, abs=1e-7)
+    assert "| 16/4 |" in compare.show(results)
+    with pytest.raises(ValueError, match="pair up"):
+        compare.run(dataclasses.replace(given, sinks=(0,)))
+    with pytest.raises(ValueError, match="shorter than length=16"):
+        compare.run(dataclasses.replace(given, length=16))

@@ -1,0 +1,258 @@
+"""The whole chain on a real model, in one command: `make demo`, or `python -m train.demo`.
+
+SmolLM2-135M-Instruct is converted to AllMem, compared with the original on held-out books, distilled on other books
+(and once more as a control, with the memory's writing off), compared again, and made to write. What a stage made is
+kept under the settings that made it: a second run goes on where the first stopped, and reuses what is complete.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import json
+import os
+import pathlib
+import re
+import time
+from collections.abc import Callable
+from typing import Any
+
+import tqdm
+import tyro
+
+from allmem_jax import cost, evals, model, report, text
+from train import books, fetch, finetune, metrics
+from train.recipe import FinetuneConfig
+
+BEFORE = "converted, before distillation"
+CONTROL = "control: trained with writing off"
+IN_WINDOW_LIMIT = 0.005  # nats
+
+
+@dataclasses.dataclass(frozen=True)
+class DemoConfig:
+    """Converts SmolLM2-135M-Instruct to AllMem, distils it on real books, and writes a report."""
+
+    recipe: str = "configs/demo.py"
+    """The distillation's recipe; its model, texts and output folder are the demo's."""
+    out: pathlib.Path = pathlib.Path("out/demo")
+    """Folder for the report and all that leads to it."""
+    length: int = 2048
+    """Tokens of a held-out sequence."""
+    sequences: int = 1
+    """Sequences from each held-out book."""
+    question: str = "Why do people tell stories? Answer in three sentences."
+    """What the converted model is asked."""
+    passage: int = 1200
+    """Tokens of a held-out book that the converted model reads and continues."""
+    sample_tokens: int = 80
+    """Tokens that it writes each time."""
+
+
+def run(demo: DemoConfig) -> pathlib.Path:
+    """The chain. Returns the path of the report's page."""
+    began = time.monotonic()
+    recipe = finetune.read_recipe(demo.recipe)
+    recipe = dataclasses.replace(
+        recipe, model=str(fetch.fetch("smollm2")), texts=(str(write_texts(demo.out / "texts")),)
+    )
+    folder = demo.out / "runs" / key(demo, recipe)
+    memory = dataclasses.replace(recipe, write=True, export=True, out=str(folder / "memory"))
+    control = dataclasses.replace(recipe, write=False, export=False, out=str(folder / "control"))
+    load = functools.cache(lambda: load_model(memory))
+    say(f"what each stage makes is kept in {folder}")
+
+    def do(name: str, what: str, work: Callable[[], Any]) -> Any:
+        return stage(folder / f"{name}.json", what, work)
+
+    size = f"{recipe.steps} steps of {recipe.batch * recipe.seq_length} tokens"
+    what = "comparing with the original on held-out books"
+    before = do("before", f"{what}, before training", lambda: evaluate(demo, load(), untrained(load())))
+    say_gap(before)
+    do("memory", f"distilling the memory, {size}", lambda: distil(memory, load()))
+    do("control", f"training the writing-off control, {size}", lambda: distil(control, load()))
+    after = do("after", f"{what}, after training", lambda: evaluate(demo, load(), trained(load(), memory, control)))
+    samples = do("samples", "writing with the converted model", lambda: write_samples(demo, load(), memory))
+
+    results = merge(before, after)
+    page = report.write(demo.out, make_report(memory, control, results, samples))
+    say(report.verdict(results, evals.CONVERTED, CONTROL))
+    say(f"the converted model is in {pathlib.Path(memory.out, 'model')}")
+    say(f"done in {(time.monotonic() - began) / 60:.1f} minutes; the report is {page.resolve()}")
+    return page
+
+
+def key(demo: DemoConfig, recipe: FinetuneConfig) -> str:
+    """A short name for all settings that change a result."""
+    settings = dataclasses.asdict(demo) | recipe.identity() | {"recipe": "", "out": "", "write": ""}
+    settings |= {name: source.sha256 for name, source in fetch.SOURCES.items()}
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:10]
+
+
+def stage(path: pathlib.Path, what: str, work: Callable[[], Any]) -> Any:
+    """The JSON value of `work`, or what an earlier run left of it at `path`."""
+    if path.exists():
+        say(f"{what}: reused from {path}")
+        return json.loads(path.read_text())
+    say(what)
+    began = time.monotonic()
+    value = work()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(value))
+    os.replace(partial, path)
+    say(f"  took {time.monotonic() - began:.0f} s")
+    return value
+
+
+def write_texts(folder: pathlib.Path) -> pathlib.Path:
+    """The training books as .txt files, each written once."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for index, book in enumerate(books.train_books()):
+        name = re.sub(r"\W+", "-", f"{index:02d} {book.title} {book.kind}").strip("-").lower()
+        path = folder / f"{name}.txt"
+        if not path.exists() or path.stat().st_size != len(book.text.encode()):
+            path.write_text(book.text, encoding="utf-8")
+    return folder
+
+
+def load_model(recipe: FinetuneConfig) -> finetune.Pretrained:
+    """The converted model with a fresh memory."""
+    began = time.monotonic()
+    say("  reading and converting the model")
+    loaded = finetune.load(recipe)
+    share = cost.added_share(loaded.config)
+    say(f"  converted in {time.monotonic() - began:.0f} s; the memory is {share:.1%} of the parameters")
+    return loaded
+
+
+def untrained(loaded: finetune.Pretrained) -> list[evals.Variant]:
+    """Windowed attention alone, and with a fresh memory, which must equal it."""
+    swa = evals.Variant(evals.SWA, loaded.config.replace(mixer="swa"))
+    return [swa, evals.Variant(BEFORE, loaded.config, loaded.memory)]
+
+
+def trained(loaded: finetune.Pretrained, memory: FinetuneConfig, control: FinetuneConfig) -> list[evals.Variant]:
+    """The distilled model, the same with its writing switched off, and the control that was trained so."""
+    silent = loaded.config.replace(write=False)
+    weights = finetune.trained_memory(memory.out)
+    return [
+        evals.Variant(evals.CONVERTED, loaded.config, weights),
+        evals.Variant(evals.WRITE_OFF, silent, weights),
+        evals.Variant(CONTROL, silent, finetune.trained_memory(control.out)),
+    ]
+
+
+def evaluate(demo: DemoConfig, loaded: finetune.Pretrained, variants: list[evals.Variant]) -> dict[str, Any]:
+    """`evals.evaluate` on the held-out books."""
+    prefix = loaded.tokenizer.encode("")
+    tokens = {}
+    for book in books.heldout_books():
+        ids = loaded.tokenizer.encode(book.text, add_special_tokens=False, verbose=False)
+        tokens[f"{book.title} ({book.kind})"] = evals.cut(ids, demo.length, demo.sequences, prefix)
+    total = len(tokens) * demo.sequences * len(variants)
+    with tqdm.tqdm(total=total, unit="run", leave=False) as bar:
+        return evals.evaluate(loaded.config, loaded.backbone, tokens, variants, progress=bar.update)
+
+
+def distil(recipe: FinetuneConfig, loaded: finetune.Pretrained) -> dict[str, Any]:
+    """One training run, resumed where it was stopped; returns its last line of metrics."""
+    out = finetune.run(recipe, loaded._replace(config=loaded.config.replace(write=recipe.write)))
+    return metrics.read_metrics(out / "metrics.jsonl")[-1]
+
+
+def write_samples(demo: DemoConfig, loaded: finetune.Pretrained, memory: FinetuneConfig) -> list[tuple[str, str]]:
+    """An answer, and the continuation of a passage longer than the window, printed as they are written."""
+    params = model.merge_params(loaded.backbone, finetune.trained_memory(memory.out))
+    talk = text.Conversation(params, loaded.config, loaded.tokenizer, max_tokens=demo.sample_tokens)
+    samples = [(demo.question + "\n", show(demo.question + "\n", talk.reply(demo.question)))]
+    book = books.heldout_books()[0]
+    ids = loaded.tokenizer.encode(book.text, add_special_tokens=False, verbose=False)
+    passage = loaded.tokenizer.decode(ids[len(ids) // 2 :][: demo.passage])
+    pieces = text.complete(params, loaded.config, loaded.tokenizer, passage, max_tokens=demo.sample_tokens)
+    intro = f"[{book.title}, {demo.passage} tokens, of which the end:] ... {passage[-300:]}"
+    return [*samples, (intro, show(intro, pieces))]
+
+
+def show(prompt: str, pieces: Any) -> str:
+    """Prints a prompt and the text that follows it as it comes; returns that text."""
+    print(f"\n{prompt}", end="", flush=True)
+    written = ""
+    for piece in pieces:
+        print(piece, end="", flush=True)
+        written += piece
+    print("\n", flush=True)
+    return written
+
+
+def merge(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
+    """Both evaluations as one."""
+    texts = {name: rows | after["texts"][name] for name, rows in before["texts"].items()}
+    variants = list(dict.fromkeys([*before["variants"], *after["variants"]]))
+    return before | {"variants": variants, "texts": texts}
+
+
+def make_report(
+    memory: FinetuneConfig, control: FinetuneConfig, results: dict[str, Any], samples: list[tuple[str, str]]
+) -> report.Report:
+    """What the page says."""
+    exported = str(pathlib.Path(memory.out, "model"))
+    training = {
+        name: metrics.read_metrics(pathlib.Path(run_config.out, "metrics.jsonl"))
+        for name, run_config in (("memory", memory), (CONTROL, control))
+    }
+    columns = ("step", "loss", "kl_beyond", "kl_inside", "grad_norm", "alpha_rms", "memory_lr", "memory_weights",
+               "memory_velocity", "tokens_per_s", "skipped")  # fmt: skip
+    shown = {name: [{c: row[c] for c in columns if row.get(c) is not None} for row in rows]
+             for name, rows in training.items()}  # fmt: skip
+    commands = [
+        "make demo",
+        f"allmem generate {exported} 'Once upon a time' --max-tokens 100",
+        f"allmem chat {exported}",
+        f"allmem evaluate {exported} YOUR_TEXT.txt",
+        f"allmem info {exported}",
+    ]
+    return report.Report(
+        title="SmolLM2-135M-Instruct as AllMem", evaluation=results, memory=evals.CONVERTED, control=CONTROL,
+        training=shown, samples=samples, settings=memory.identity(), commands=commands,
+        notes=findings(results, training),
+    )  # fmt: skip
+
+
+def findings(results: dict[str, Any], training: dict[str, list[dict[str, Any]]]) -> list[str]:
+    """Sentences on what the numbers show, good or bad."""
+    texts = results["texts"]
+    lower = [name for name, rows in texts.items() if rows[evals.CONVERTED]["kl_beyond"] < rows[evals.SWA]["kl_beyond"]]
+    inside = max(rows[evals.CONVERTED]["kl_inside"] for rows in texts.values())
+    skipped = sum(rows[-1]["skipped"] for rows in training.values() if rows)
+    window, sinks = results["window"], results["sinks"]
+    limit = "below" if inside < IN_WINDOW_LIMIT else "ABOVE"
+    return [
+        f"By attention the model sees the last {window} tokens and the first {sinks}; of the rest it knows what its "
+        "memory holds. None of the texts below was trained on.",
+        f"Distillation lowered the KL beyond the window on {len(lower)} of {len(texts)} held-out texts. Inside the "
+        f"window it is at most {inside:.2g} nats, {limit} the limit of {IN_WINDOW_LIMIT}. Training steps that were not "
+        f"finite: {skipped}.",
+    ]
+
+
+def say_gap(results: dict[str, Any]) -> None:
+    """Prints what windowed attention alone loses."""
+    for name, rows in results["texts"].items():
+        say(f"  {name}: window and sinks alone are {rows[evals.SWA]['kl_beyond']:.3f} nats from the original")
+
+
+def say(message: str) -> None:
+    """Prints a line of the demo."""
+    print(f"[demo] {message}", flush=True)
+
+
+def main() -> None:
+    """The command."""
+    try:
+        run(tyro.cli(DemoConfig, prog="python -m train.demo"))
+    except (ValueError, OSError, FloatingPointError, fetch.FetchError) as error:
+        raise SystemExit(f"error: {error}") from None
+
+
+if __name__ == "__main__":
+    main()
