@@ -3,7 +3,7 @@
 All variants share one backbone and are compared with the original's hidden states, which are computed once per batch.
 Logits exist for a block of positions at a time (`losses.distill_losses`).
 
-    n sequences    B rows run together    L positions    d model
+    n sequences    S variants    B rows run together    L positions    d model
 """
 
 import dataclasses
@@ -66,10 +66,21 @@ def hidden_states(
 
 @functools.partial(jax.jit, static_argnames="config")
 def divergence(
-    params: model.Params, config: config_lib.ModelConfig, student: jax.Array, teacher: jax.Array, targets: jax.Array
+    params: model.Params, config: config_lib.ModelConfig, students: jax.Array, teacher: jax.Array, targets: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """KL(teacher || student), the student's and the teacher's cross-entropy [B, L], from hidden states [B, L, d]."""
-    return losses.distill_losses(student, teacher, model.head_kernel(params, config), targets)
+    """KL(teacher || student) [S, B, L], the students' cross-entropy [S, B, L] and the teacher's [B, L].
+
+    Args:
+      params: a tree with the output head.
+      config: says where in it the head is.
+      students: hidden states [S, B, L, d]; the teacher's logits are computed once for all of them.
+      teacher: hidden states [B, L, d].
+      targets: int32 [B, L].
+    """
+    head = model.head_kernel(params, config)
+    block = max(1, 512 // len(students))
+    each = functools.partial(losses.distill_losses, head=head, targets=targets, block=block)
+    return jax.vmap(lambda student: each(student, teacher), out_axes=(0, 0, None))(students)
 
 
 def compare(
@@ -95,8 +106,10 @@ def compare(
       name -> {"kl", "ce"} float32 [n, L] in nats; under "original" the cross-entropy only.
 
     Raises:
-      ValueError: tokens of the wrong shape, or a variant whose outputs are not finite.
+      ValueError: no variant, tokens of the wrong shape, or a variant whose outputs are not finite.
     """
+    if not variants:
+        raise ValueError("variants is empty: give at least one to compare with the original")
     if tokens.ndim != 2 or min(tokens.shape) < 1 or tokens.shape[1] < 2:
         raise ValueError(f"tokens have shape {list(tokens.shape)}; they must be [n, L + 1] with n and L at least 1")
     teacher_config = config.replace(mixer="full")
@@ -108,28 +121,27 @@ def compare(
         rows = np.concatenate([rows, np.repeat(rows[-1:], batch - real, axis=0)]) if real < batch else rows
         inputs, targets = jnp.asarray(rows[:, :-1], jnp.int32), jnp.asarray(rows[:, 1:], jnp.int32)
         teacher = hidden_states(backbone, teacher_config, inputs)
-        for index, variant in enumerate(variants):
+        students = []
+        for variant in variants:
             params = model.merge_params(backbone, variant.memory) if variant.memory else backbone
-            student = hidden_states(params, variant.config, inputs)
-            kl, ce, teacher_ce = (
-                np.asarray(x)[:real] for x in divergence(backbone, teacher_config, student, teacher, targets)
-            )
-            _check_finite(ORIGINAL, teacher_ce)
-            _check_finite(variant.name, kl + ce)
-            scores[variant.name]["kl"].append(kl)
-            scores[variant.name]["ce"].append(ce)
-            if index == 0:
-                scores[ORIGINAL]["ce"].append(teacher_ce)
+            students.append(hidden_states(params, variant.config, inputs).block_until_ready())
             if progress is not None:
                 progress()
+        found = divergence(backbone, teacher_config, jnp.stack(students), teacher, targets)
+        kl, ce, teacher_ce = (np.asarray(x)[..., :real, :] for x in found)
+        scores[ORIGINAL]["ce"].append(_finite(ORIGINAL, teacher_ce))
+        for variant, divergences, entropies in zip(variants, kl, ce, strict=True):
+            scores[variant.name]["kl"].append(_finite(variant.name, divergences))
+            scores[variant.name]["ce"].append(_finite(variant.name, entropies))
     return {name: {key: np.concatenate(parts) for key, parts in value.items()} for name, value in scores.items()}
 
 
-def _check_finite(name: str, values: np.ndarray) -> None:
+def _finite(name: str, values: np.ndarray) -> np.ndarray:
     bad = ~np.isfinite(values)
     if bad.any():
         first = int(np.argmax(bad.any(axis=0)))
         raise ValueError(f"{name!r} gives non-finite losses from position {first}: check its weights for NaN")
+    return values
 
 
 def summarise(scores: Scores, window: int, buckets: int = 16) -> dict[str, Any]:

@@ -155,13 +155,15 @@ def test_errors_name_the_fix():
     with pytest.raises(ValueError, match="length=0"):
         evals.cut([1], length=0, count=1)
     with pytest.raises(ValueError, match=r"\[41\]"):
-        evals.compare(config, backbone, tokens_like(config)[0], [])
+        evals.compare(config, backbone, tokens_like(config)[0], evals.standard_variants(config, None))
+    with pytest.raises(ValueError, match="variants is empty"):
+        evals.compare(config, backbone, tokens_like(config), [])
     memory["layers"]["memory"]["alpha"] = memory["layers"]["memory"]["alpha"].at[0, 0].set(jnp.nan)
     with pytest.raises(ValueError, match="'converted' gives non-finite losses from position 0"):
         evals.compare(config, backbone, tokens_like(config), evals.standard_variants(config, memory), batch=2)
     texts = {"a": tokens_like(config), "b": tokens_like(config, length=9)}
     with pytest.raises(ValueError, match=r"one length; got \[9, 40\]"):
-        evals.evaluate(config, backbone, texts, [])
+        evals.evaluate(config, backbone, texts, evals.standard_variants(config, None))
 
 
 def test_report_is_self_contained(tmp_path):

@@ -57,9 +57,11 @@ def divergence(
     for index, row in enumerate(tqdm.tqdm(tokens, disable=not sys.stderr.isatty(), leave=False)):
         inputs, targets = jnp.asarray(row[None, :-1]), jnp.asarray(row[None, 1:])
         teacher = evals.hidden_states(backbone, original, inputs)
-        for place, (window, sinks) in enumerate(pairs):
-            student = evals.hidden_states(backbone, windowed, inputs, jnp.int32(window), jnp.int32(sinks))
-            kl[place, index] = evals.divergence(backbone, original, student, teacher, targets)[0][0]
+        students = [
+            evals.hidden_states(backbone, windowed, inputs, jnp.int32(window), jnp.int32(sinks))
+            for window, sinks in pairs
+        ]
+        kl[:, index] = evals.divergence(backbone, original, jnp.stack(students), teacher, targets)[0][:, 0]
     means = zip(pairs, kl, strict=True)
     return [(float(rows[:, :window].mean()), float(rows[:, window:].mean())) for (window, _), rows in means]
 
