@@ -1,7 +1,7 @@
 """SmolLM2-135M on a few books, in minutes on a 2-core CPU: what `make demo` trains, twice (write on, write off).
 
     python -m train.fetch
-    python -m train.finetune configs/demo.py --texts .cache/text/shakespeare --out out/demo-recipe
+    python -m train.finetune configs/demo.py --texts .cache/text/shakespeare --out out/smollm2
 
 The window, sinks and chunk are fixed: at 16,000 tokens there is nothing to spread over a range, and one chunk is one
 compilation. alpha starts at 0 without a multiplier of its own, and the memory's learning rate low, as 64 tokens' writes

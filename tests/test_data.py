@@ -72,6 +72,10 @@ def test_stream_resumes_exactly_and_reshuffles():
     assert sorted(order[:7]) == sorted(order[7:]) and order[:7] != order[7:]
 
 
+def test_batches_of_one_row():
+    assert next(data.Stream(data.Rows([document(17)], 8), 1, seed=0))["tokens"].shape == (1, 8)
+
+
 def test_processes_share_the_rows():
     rows = data.Rows([document(8 * 8 + 1)], 8)
     halves = [next(data.Stream(rows, 4, seed=0, process=p, processes=2))["tokens"] for p in (0, 1)]

@@ -277,4 +277,4 @@ def test_every_recipe_is_valid():
     folder = pathlib.Path(ROOT, "configs")
     for file in sorted(folder.glob("*.py")):
         if "FinetuneConfig(" in file.read_text():
-            dataclasses.replace(finetune.read_recipe(str(file)), model="x", texts=("y",)).check()
+            dataclasses.replace(finetune.read_recipe(str(file)), model="x", texts=("y",), out="z").check()

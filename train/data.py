@@ -243,7 +243,8 @@ class Stream(Iterator[dict[str, np.ndarray]]):
     def __init__(self, rows: Rows, batch: int, *, seed: int, process: int = 0, processes: int = 1):
         if len(rows) < processes:
             raise ValueError(f"{len(rows)} rows cannot be shared among {processes} processes: give more text")
-        dataset = grain.MapDataset.source(rows).seed(seed).shuffle()[process::processes].repeat().batch(batch)
+        dataset = grain.MapDataset.source(rows).seed(seed).shuffle()[process::processes]
+        dataset = dataset.repeat(1_000_000).batch(batch)  # an unbounded repeat overflows grain's length
         self._iterator = iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)))
 
     def __next__(self) -> dict[str, np.ndarray]:
