@@ -1,5 +1,7 @@
 """The model: what conversion may not change, and the one law of the decode state."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -24,6 +26,7 @@ GEMMA = TINY.replace(
 BIASED = TINY.replace(qkv_bias=True, o_bias=True, mlp_bias=True, tie_embeddings=False, qk_scale="rms", chunk=6)
 
 
+@functools.cache
 def random_params(config: config_lib.ModelConfig, seed: int = 0) -> model.Params:
     """Parameters with every leaf random, biases and norms too."""
     params = model.init_params(config, seed)
@@ -99,19 +102,23 @@ def test_write_off_is_a_fixed_network():
     assert gap > 1e-4
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def step(config, params, tokens, lengths, state):
+    return model.AllMemLM(config).apply({"params": params}, tokens, lengths=lengths, state=state)
+
+
 def read_in_pieces(config, params, tokens, lengths, splits):
     """Feeds each row `splits[b]` pieces at its own pace, padded to the widest piece; returns logits and state."""
-    step = jax.jit(lambda p, t, n, s: model.AllMemLM(config).apply({"params": p}, t, lengths=n, state=s))
     state = state_lib.init_state(config, len(tokens))
     out = np.zeros((*tokens.shape, config.vocab_size), np.float32)
     done = np.zeros(len(tokens), int)
-    width = max(max(split) for split in splits)
+    width = min(width for width in (1, 12, LENGTH) if width >= max(map(max, splits)))  # few shapes to compile
     for turn in range(max(len(split) for split in splits)):
         sizes = np.array([split[turn] if turn < len(split) else 0 for split in splits])
         piece = random_tokens(len(tokens), width, seed=turn)  # padding is random too: it must not matter
         for row, size in enumerate(sizes):
             piece[row, :size] = tokens[row, done[row] : done[row] + size]
-        logits, state = step(params, piece, sizes.astype(np.int32), state)
+        logits, state = step(config, params, piece, sizes.astype(np.int32), state)
         for row, size in enumerate(sizes):
             out[row, done[row] : done[row] + size] = logits[row, :size]
         done += sizes
