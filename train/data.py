@@ -159,6 +159,19 @@ def chat_document(name: str, messages: list[dict[str, str]], tokenizer: Tokenize
     return Document(name, tokens, response)
 
 
+class Source(Protocol):
+    """Random access to rows, each a dict of arrays [L] as `Rows` gives them."""
+
+    def __len__(self) -> int:
+        """Number of rows."""
+
+    def __getitem__(self, row: int, /) -> dict[str, np.ndarray]:
+        """tokens, targets, segment_ids int32 [L] and mask bool [L]."""
+
+    def content_hash(self) -> str:
+        """What two runs on the same data agree on."""
+
+
 class Rows:
     """Random access to rows cut from documents.
 
@@ -197,6 +210,14 @@ class Rows:
 
     def __len__(self) -> int:
         return len(self._rows)
+
+    def content_hash(self) -> str:
+        """sha256 of all tokens and masks in their order: what two runs on the same data agree on."""
+        digest = hashlib.sha256()
+        for document in self._documents:
+            digest.update(f"{len(document.tokens)} {document.prefix}".encode())
+            digest.update(document.tokens.tobytes() + document.response.tobytes())
+        return digest.hexdigest()
 
     def __getitem__(self, row: int) -> dict[str, np.ndarray]:
         """tokens, targets, segment_ids int32 [L] (pieces numbered from 1, 0 is padding) and mask bool [L]."""
@@ -240,7 +261,7 @@ class Stream(Iterator[dict[str, np.ndarray]]):
       process, processes: which share of the rows this process takes.
     """
 
-    def __init__(self, rows: Rows, batch: int, *, seed: int, process: int = 0, processes: int = 1):
+    def __init__(self, rows: Source, batch: int, *, seed: int, process: int = 0, processes: int = 1):
         if len(rows) < processes:
             raise ValueError(f"{len(rows)} rows cannot be shared among {processes} processes: give more text")
         dataset = grain.MapDataset.source(rows).seed(seed).shuffle()[process::processes]
@@ -258,12 +279,3 @@ class Stream(Iterator[dict[str, np.ndarray]]):
     def restore(self, state: dict[str, Any]) -> None:
         """Goes on from where `state` was taken."""
         self._iterator.set_state(state)
-
-
-def content_hash(documents: Sequence[Document]) -> str:
-    """sha256 of all tokens and masks in their order: what two runs on the same data agree on."""
-    digest = hashlib.sha256()
-    for document in documents:
-        digest.update(f"{len(document.tokens)} {document.prefix}".encode())
-        digest.update(document.tokens.tobytes() + document.response.tobytes())
-    return digest.hexdigest()

@@ -55,12 +55,13 @@ def load(config: FinetuneConfig) -> Pretrained:
     return Pretrained(model_config, backbone, memory or model.init_memory(model_config, config.seed), tokenizer)
 
 
-def run(config: FinetuneConfig, pretrained: Pretrained | None = None) -> Path:
+def run(config: FinetuneConfig, pretrained: Pretrained | None = None, rows: data.Source | None = None) -> Path:
     """Trains until `config.steps`, resuming what is in the output folder, and writes the result.
 
     Args:
       config: the recipe.
       pretrained: in place of what `load` gives, for a caller that holds the model already.
+      rows: in place of rows cut from `config.texts`, for a task that makes its own.
 
     Returns:
       The output folder.
@@ -76,16 +77,13 @@ def run(config: FinetuneConfig, pretrained: Pretrained | None = None) -> Path:
     _check_finite(pretrained.backbone)
     out = Path(config.out)
     out.mkdir(parents=True, exist_ok=True)
-    documents = data.load_documents(config.texts, pretrained.tokenizer, Path(config.cache))
-    rows = data.Rows(
-        documents,
-        config.seq_length,
-        align=max(config.chunk) if config.pack else None,
-        response_only=config.response_only,
-    )
+    if rows is None:
+        documents = data.load_documents(config.texts, pretrained.tokenizer, Path(config.cache))
+        align = max(config.chunk) if config.pack else None
+        rows = data.Rows(documents, config.seq_length, align=align, response_only=config.response_only)
     identity = config.identity() | {
         "backbone": checkpoint.content_hash(pretrained.backbone),
-        "data": data.content_hash(documents),
+        "data": rows.content_hash(),
     }
     with checkpoint.Checkpoints(out / "checkpoints", identity, config.keep) as checkpoints:
         memory = _train(config, pretrained, rows, checkpoints)
@@ -94,7 +92,7 @@ def run(config: FinetuneConfig, pretrained: Pretrained | None = None) -> Path:
 
 
 def _train(
-    config: FinetuneConfig, pretrained: Pretrained, rows: data.Rows, checkpoints: checkpoint.Checkpoints
+    config: FinetuneConfig, pretrained: Pretrained, rows: data.Source, checkpoints: checkpoint.Checkpoints
 ) -> model.Params:
     """The loop. Returns the trained memory."""
     out = Path(config.out)
