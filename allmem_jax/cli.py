@@ -305,6 +305,9 @@ def main(argv: Sequence[str] | None = None) -> int:
                 args=argv,
                 config=(tyro.conf.FlagCreatePairsOff,),
             )
+        except BrokenPipeError:  # whoever read our output has left
+            sys.stdout = None  # type: ignore[assignment]
+            return 141
         except (ValueError, OSError, NotImplementedError) as error:
             _say(f"error: {error}")
             return 2

@@ -5,13 +5,17 @@ The page needs no other file and no network: the picture is inside it, and all t
 
 import base64
 import dataclasses
+import functools
 import html
 import io
 import json
 import os
 import pathlib
+import textwrap
 from collections.abc import Sequence
 from typing import Any
+
+import numpy as np
 
 from allmem_jax import evals
 
@@ -74,39 +78,63 @@ def _write_bytes(path: pathlib.Path, content: bytes) -> None:
 
 
 def plot(report: Report) -> bytes:
-    """PNG: the KL over the position for every text and, where there was training, the loss over the steps."""
+    """PNG: the KL over the position for every text, what each variant removes of it and, if any, the training loss."""
     from matplotlib.backends import backend_agg
     from matplotlib.figure import Figure
 
     evaluation = report.evaluation
-    panels = len(evaluation["texts"]) + bool(report.training)
-    columns = min(panels, 2)
-    rows = -(-panels // columns)
+    draw = [functools.partial(_draw_text, evaluation, text) for text in evaluation["texts"]]
+    if len(evaluation["variants"]) > 2:
+        draw.append(functools.partial(_draw_removed, evaluation))
+    if report.training:
+        draw.append(functools.partial(_draw_training, report.training))
+    columns = min(len(draw), 2)
+    rows = -(-len(draw) // columns)
     figure = Figure(figsize=(5.5 * columns, 3.4 * rows), layout="constrained")
     axes = list(figure.subplots(rows, columns, squeeze=False).flat)
-    for axis, (text, variants) in zip(axes, evaluation["texts"].items(), strict=False):
-        for name, row in variants.items():
-            if "kl_curve" in row:
-                axis.plot(evaluation["positions"], row["kl_curve"], marker=".", label=name)
-        axis.axvline(evaluation["window"], color="gray", linestyle=":", linewidth=1)
-        axis.set(title=_plain(text), xlabel="position (tokens)", ylabel="KL from the original (nats)")
+    for axis, panel in zip(axes, draw, strict=False):
+        panel(axis)
         axis.legend(fontsize=7)
-    if report.training:
-        axis = axes[panels - 1]
-        for name, steps in report.training.items():
-            axis.plot([row["step"] for row in steps], [row["loss"] for row in steps], marker=".", label=name)
-        axis.set(title="training", xlabel="step", ylabel="loss (nats)")
-        axis.legend(fontsize=7)
-    for axis in axes[panels:]:
+    for axis in axes[len(draw) :]:
         axis.set_axis_off()
     buffer = io.BytesIO()
     backend_agg.FigureCanvasAgg(figure).print_png(buffer)
     return buffer.getvalue()
 
 
+def _draw_text(evaluation: dict[str, Any], text: str, axis: Any) -> None:
+    for name, row in evaluation["texts"][text].items():
+        if "kl_curve" in row:
+            axis.plot(evaluation["positions"], row["kl_curve"], marker=".", label=name)
+    axis.axvline(evaluation["window"], color="gray", linestyle=":", linewidth=1)
+    axis.set_title(_plain(text), fontsize=10)
+    axis.set(xlabel="position (tokens)", ylabel="KL from the original (nats)")
+
+
+def _draw_removed(evaluation: dict[str, Any], axis: Any) -> None:
+    """Per variant, the KL of windowed attention alone minus its own, averaged over the texts."""
+    texts = evaluation["texts"].values()
+    base = [rows[evals.SWA]["kl_curve"] for rows in texts]
+    for name in evaluation["variants"]:
+        if name not in (evals.ORIGINAL, evals.SWA):
+            curves = zip(base, (rows[name]["kl_curve"] for rows in texts), strict=True)
+            removed = np.mean([np.subtract(before, after) for before, after in curves], axis=0)
+            axis.plot(evaluation["positions"], removed, marker=".", label=name)
+    axis.axvline(evaluation["window"], color="gray", linestyle=":", linewidth=1)
+    axis.set_title("what is removed of it, mean of the texts", fontsize=10)
+    axis.set(xlabel="position (tokens)", ylabel="less KL than window + sinks (nats)")
+
+
+def _draw_training(training: dict[str, list[dict[str, Any]]], axis: Any) -> None:
+    for name, steps in training.items():
+        axis.plot([row["step"] for row in steps], [row["loss"] for row in steps], marker=".", label=name)
+    axis.set_title("training", fontsize=10)
+    axis.set(xlabel="step", ylabel="loss (nats)")
+
+
 def _plain(text: str) -> str:
-    """A title that matplotlib does not take for mathematics."""
-    return text.replace("$", r"\$")
+    """A title that fits, and that matplotlib does not take for mathematics."""
+    return textwrap.shorten(text, 60, placeholder=" ...").replace("$", r"\$")
 
 
 def page(report: Report, picture: bytes) -> str:
