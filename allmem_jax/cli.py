@@ -306,7 +306,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 config=(tyro.conf.FlagCreatePairsOff,),
             )
         except BrokenPipeError:  # whoever read our output has left
-            sys.stdout = None  # type: ignore[assignment]
+            sys.stdout = None
             return 141
         except (ValueError, OSError, NotImplementedError) as error:
             _say(f"error: {error}")
