@@ -4,8 +4,10 @@
     python -m train.finetune configs/demo.py --texts .cache/text/shakespeare --out out/smollm2
 
 The window, sinks and chunk are fixed: at 16,000 tokens there is nothing to spread over a range, and one chunk is one
-compilation. alpha starts at 0 without a multiplier of its own, and the memory's learning rate low, as 64 tokens' writes
-are summed: larger starts were faster for ten steps and then worse.
+compilation. alpha starts at 0 without a multiplier of its own, and the memory's learning rate low, as the writes of 64
+tokens are summed: larger starts were faster for ten steps and then worse. The long decay and the weight inside the
+window nearly halve the KL that the memory adds there (0.0055 to 0.0030 nats on the worst of three held-out books), at
+the price of a fifth of what it removes beyond.
 """
 
 from train.recipe import FinetuneConfig
@@ -21,7 +23,8 @@ config = FinetuneConfig(
     positions=0.25,
     learning_rate=1e-3,
     warmup=2,
-    decay=0.25,
+    decay=0.5,
+    inside_weight=4.0,
     checkpoint_every=4,
     log_every=1,
 )

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from allmem_jax import model, sharding
+from allmem_jax import sharding
 from train import checkpoint, finetune, metrics, steps, tiny
 from train.recipe import FinetuneConfig
 
@@ -43,7 +43,7 @@ def recipe(folder):
     return FinetuneConfig(
         model="tiny", texts=(str(folder / "text.txt"),), out=str(folder / "whole"), cache=str(folder / "cache"),
         steps=6, batch=2, seq_length=48, window=(12, 32), sinks=(0, 3), chunk=(8,), d_mem=8, positions=0.5,
-        learning_rate=1e-2, warmup=2, checkpoint_every=2,
+        inside_weight=2.0, learning_rate=1e-2, warmup=2, checkpoint_every=2,
     )  # fmt: skip
 
 
@@ -98,7 +98,10 @@ def test_windows_and_sinks_compile_once_and_the_loss_falls(toy):
     assert step._cache_size() == 1
     assert kls[19] < kls[0]
     assert jax.tree.structure(state.memory) == jax.tree.structure(fresh().memory)
-    assert values["kl_inside"] < 0.1 * values["kl_beyond"]
+    kl, inside, beyond = (float(values[name]) for name in ("kl", "kl_inside", "kl_beyond"))
+    assert inside < 0.1 * beyond
+    share = (beyond - kl) / (beyond - inside)  # of the positions that are inside, which weigh 2
+    np.testing.assert_allclose(values["loss"], (2 * share * inside + (1 - share) * beyond) / (1 + share), rtol=1e-4)
     trained = sum(leaf.size for leaf in jax.tree.leaves(state.memory))
     assert sum(leaf.size for leaf in jax.tree.leaves(state.optimizer)) < 2.1 * trained
 
@@ -203,12 +206,14 @@ def test_schedule_rises_holds_and_falls():
 
 
 def test_weight_decay_is_on_projections_only():
-    memory = model.init_memory(tiny.CONFIG, 0)
+    memory = {
+        "q_proj": {"kernel": jnp.ones(2)}, "lr_proj": {"kernel": jnp.ones(2), "bias": jnp.ones(2)},
+        "q_conv": {"kernel": jnp.ones(2)}, "out_norm": {"scale": jnp.ones(2)}, "fast_up": jnp.ones(2),
+    }  # fmt: skip
     optimizer = steps.make_optimizer(lambda count: 1.0, (0.9, 0.95), 0.1, 1.0)
     updates, _ = optimizer.update(jax.tree.map(jnp.zeros_like, memory), optimizer.init(memory), memory)
     moved = {sharding.path_string(p) for p, x in jax.tree_util.tree_leaves_with_path(updates) if jnp.any(x)}
-    names = ("q", "k", "v", "out", "lr", "momentum", "gate")
-    assert moved == {f"layers/memory/{name}_proj/kernel" for name in names}
+    assert moved == {"q_proj/kernel", "lr_proj/kernel"}
 
 
 def test_positions_are_distinct_and_allowed_ones_first():

@@ -145,7 +145,10 @@ def _student_steps(
     config: FinetuneConfig, model_config: config_lib.ModelConfig, optimizer: Any, shardings: Any
 ) -> Callable[[int], Any]:
     """chunk -> its jitted step; each chunk compiles once, when it is first drawn."""
-    loss = steps.Loss(config.positions, config.beyond_window, config.ce_weight, config.loss_block)
+    loss = steps.Loss(
+        positions=config.positions, beyond_window=config.beyond_window, inside_weight=config.inside_weight,
+        ce_weight=config.ce_weight, block=config.loss_block,
+    )  # fmt: skip
 
     @functools.cache
     def student(chunk: int) -> Any:

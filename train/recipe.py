@@ -49,6 +49,8 @@ class FinetuneConfig:
     """Share of each row's positions that the loss is computed on, drawn anew each step."""
     beyond_window: bool = False
     """Take the loss only where a key has fallen out of the window."""
+    inside_weight: float = 1.0
+    """Weight, in the loss, of positions that still see all before them, where the memory can only disturb."""
     ce_weight: float = 0.0
     """Weight of the cross-entropy on the text itself beside the KL divergence from the teacher."""
     loss_block: int = 512
@@ -119,8 +121,10 @@ class FinetuneConfig:
         for name in ("positions", "decay"):
             if not 0 < getattr(self, name) <= 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be above 0 and at most 1")
-        if self.learning_rate <= 0 or self.clip <= 0 or self.warmup < 0 or self.ce_weight < 0:
-            raise ValueError("learning_rate and clip must be positive, warmup and ce_weight not negative")
+        if self.learning_rate <= 0 or self.clip <= 0 or min(self.warmup, self.ce_weight, self.inside_weight) < 0:
+            raise ValueError(
+                "learning_rate and clip must be positive, warmup, ce_weight and inside_weight not negative"
+            )
         rows = self.mesh[0] * self.mesh[1]
         if min(self.mesh) < 1 or self.batch % rows or self.seq_length % self.mesh[3]:
             raise ValueError(

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import optax
 
 from allmem_jax import config as config_lib
-from allmem_jax import losses, model
+from allmem_jax import losses, model, sharding
 
 Metrics = dict[str, jax.Array]
 
@@ -45,12 +45,15 @@ class Loss:
     Attributes:
       positions: share of each row's L positions, drawn at random among those allowed.
       beyond_window: allow only positions that no longer see some key.
+      inside_weight: weight of positions that still see all before them, where the original needs no help and a memory
+        can only disturb; those beyond weigh 1.
       ce_weight: see above.
       block: positions whose logits exist at a time.
     """
 
     positions: float = 0.25
     beyond_window: bool = False
+    inside_weight: float = 1.0
     ce_weight: float = 0.0
     block: int = 512
 
@@ -73,7 +76,7 @@ def make_optimizer(
 
     def decayed(params: model.Params) -> Any:
         return jax.tree_util.tree_map_with_path(
-            lambda path, _: [key.key for key in path[-2:]][0].endswith("_proj") and path[-1].key == "kernel", params
+            lambda path, _: sharding.path_string(path).endswith("_proj/kernel"), params
         )
 
     adamw = optax.adamw(schedule, *betas, weight_decay=weight_decay, mask=decayed)
@@ -154,7 +157,8 @@ def distill_loss(
         gather(hidden), gather(teacher), head, gather(batch.targets), block=loss.block
     )
     beyond = gather(beyond)
-    total = jnp.sum(jnp.where(use, kl + loss.ce_weight * ce, 0.0)) / jnp.maximum(jnp.sum(use), 1)
+    weight = use * jnp.where(beyond, 1.0, loss.inside_weight)
+    total = jnp.sum(weight * (kl + loss.ce_weight * ce)) / jnp.maximum(jnp.sum(weight), 1.0)
     metrics = {
         "loss": total,
         "kl": _mean(kl, use),
