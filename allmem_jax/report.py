@@ -177,25 +177,24 @@ def gap_rows(evaluation: dict[str, Any], memory: str, control: str) -> list[Row]
     for text in ours:
         share, error = difference[text]
         rows.append((text, f"{ours[text]:.1%}".replace("%", " %"), f"{theirs[text]:.1%}".replace("%", " %"),
-                     f"{100 * share:+.1f} ± {100 * error:.1f}"))  # fmt: skip
+                     f"{100 * share:+.2f} ± {100 * error:.2f}"))  # fmt: skip
     return rows
 
 
 def verdict(evaluation: dict[str, Any], memory: str, control: str) -> str:
-    """One sentence on whether writing helped, beyond what the same module does with writing off."""
+    """One sentence on whether writing helped, beyond what the same module does with writing off.
+
+    "Cannot be told apart" is a difference of less than a percentage point, or of less than twice its error.
+    """
     share, error = evals.gap_difference(evaluation, memory, control)["all texts"]
-    both = [evals.gap_closed(evaluation, name)["all texts"] for name in (memory, control)]
-    sizes = f"{both[0]:.1%} of the gap against {both[1]:.1%}"
-    if not abs(share) > 2 * error:
+    ours, theirs = (evals.gap_closed(evaluation, name)["all texts"] for name in (memory, control))
+    sizes = f"{ours:.1%} of the gap against {theirs:.1%}, a difference of {100 * share:+.2f} ± {100 * error:.2f} points"
+    if not abs(share) > max(2 * error, 0.01):
         return (
-            f"The memory and its writing-off control close nearly the same ({sizes}; difference {100 * share:+.1f} ± "
-            f"{100 * error:.1f} percentage points): at this budget the gain is adaptation, not yet memory."
+            f"The memory and its writing-off control cannot be told apart: {sizes}. At this budget the gain is "
+            "adaptation, not yet memory."
         )
-    more = "more" if share > 0 else "less"
-    return (
-        f"The memory closes {more} than its writing-off control: {sizes}, a difference of {100 * share:+.1f} ± "
-        f"{100 * error:.1f} percentage points."
-    )
+    return f"The memory closes {'more' if share > 0 else 'less'} than its writing-off control: {sizes}."
 
 
 def _gap_section(report: Report) -> list[str]:

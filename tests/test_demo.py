@@ -34,6 +34,7 @@ def setting(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_the_chain_and_its_second_run(setting, capsys, monkeypatch):
+    monkeypatch.setattr(demo, "write_samples", lambda *_: [["Why?", "Because."], ["One", "two"]])  # see test_cli
     page = demo.run(setting)
     out = capsys.readouterr().out
     assert str(page) in out and "reused" not in out

@@ -201,4 +201,6 @@ def test_report_without_memory(tmp_path):
 def test_report_states_the_difference():
     rows = report.gap_rows(fake_results(), evals.CONVERTED, "control")
     assert [row[0] for row in rows] == ["A", "B", "all texts"]
-    assert rows[0][1:4] == ("25.0 %", "12.5 %", "+12.5 ± 2.5")
+    assert rows[0][1:4] == ("25.0 %", "12.5 %", "+12.50 ± 2.50")
+    assert "told apart" in report.verdict(fake_results(), evals.CONVERTED, "control")
+    assert "closes more" in report.verdict(fake_results(), evals.CONVERTED, evals.SWA)
