@@ -5,6 +5,8 @@ PYTHON ?= python3
 VENV := .venv
 CORE_VENV := .venv-core-$(notdir $(PYTHON))
 RUN := $(VENV)/bin/python
+# A test file is one process's, as what its tests compile is shared; each process takes up to 3 GB.
+PYTEST := -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
 .PHONY: help demo test test-core fetch format clean
 
@@ -24,10 +26,10 @@ test: $(VENV)/dev.stamp
 	$(RUN) -m ruff format --check .
 	$(RUN) -m ruff check .
 	$(RUN) -m mypy
-	$(RUN) -m pytest
+	$(RUN) $(PYTEST)
 
 test-core: $(CORE_VENV)/core.stamp
-	$(CORE_VENV)/bin/python -m pytest -m core
+	$(CORE_VENV)/bin/python $(PYTEST) -m core
 
 fetch: $(VENV)/demo.stamp
 	$(RUN) -m train.fetch

@@ -5,11 +5,11 @@ from typing import Any
 from allmem_jax.config import ModelConfig, RopeScaling, preset
 from allmem_jax.generation import Sampling, generate
 from allmem_jax.model import AllMemLM
-from allmem_jax.state import DecodeState, init_state
+from allmem_jax.state import DecodeState, init_state, load_state, save_state
 
 __all__ = [
     "AllMemLM", "DecodeState", "ModelConfig", "RopeScaling", "Sampling", "generate", "init_state", "load_pretrained",
-    "preset", "save_pretrained",
+    "load_state", "preset", "save_pretrained", "save_state",
 ]  # fmt: skip
 
 

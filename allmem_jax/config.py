@@ -258,5 +258,7 @@ def preset(name: str, **changes: Any) -> ModelConfig:
       **changes: fields of `ModelConfig` to set otherwise.
     """
     if name not in _PRESETS:
-        raise ValueError(f"no preset {name!r}; there are {', '.join(_PRESETS)}")
+        close = difflib.get_close_matches(name, _PRESETS, n=1)
+        hint = f": did you mean {close[0]!r}?" if close else "."
+        raise ValueError(f"no preset {name!r}{hint} There are {', '.join(_PRESETS)}")
     return ModelConfig(**_PRESETS[name]).replace(**changes)

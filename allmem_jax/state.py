@@ -6,10 +6,16 @@ It is a pytree of arrays, an argument and a result of every call, so it can be s
     K convolution taps    F channels that pass through the convolutions (3 n_mem d_mem)
 """
 
+import dataclasses
+import os
+import pathlib
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+import safetensors
+import safetensors.flax
 
 import pallas_kernels
 from allmem_jax import config as config_lib
@@ -62,3 +68,50 @@ def state_bytes(config: config_lib.ModelConfig, batch: int = 1) -> int:
     """Bytes of the decode state, without allocating it."""
     shapes = jax.eval_shape(lambda: init_state(config, batch))
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes))
+
+
+def save_state(path: str | os.PathLike[str], config: config_lib.ModelConfig, state: DecodeState) -> None:
+    """Writes a state as one safetensors file, whole or not at all: read a book once, ask it later.
+
+    Args:
+      path: the file.
+      config: of the model that made the state; it goes into the file.
+      state: any number of rows.
+    """
+    content = safetensors.flax.save(_named(state), metadata={"config": config.to_json()})
+    target = pathlib.Path(path)
+    partial = target.with_name(f".{target.name}.partial")
+    partial.write_bytes(content)
+    os.replace(partial, target)
+
+
+def load_state(path: str | os.PathLike[str], config: config_lib.ModelConfig) -> DecodeState:
+    """Reads a state that `save_state` wrote.
+
+    Raises:
+      ValueError: the file is damaged, or its model had another config.
+    """
+    try:
+        with safetensors.safe_open(path, framework="flax") as file:
+            saved = config_lib.ModelConfig.from_json((file.metadata() or {}).get("config", ""))
+            flat = {name: file.get_tensor(name) for name in file.keys()}
+    except (safetensors.SafetensorError, ValueError) as error:
+        raise ValueError(f"{path} is not a saved state: {error}") from None
+    for field in dataclasses.fields(config):
+        there, here = getattr(saved, field.name), getattr(config, field.name)
+        if there != here:
+            raise ValueError(f"{path} is the state of another model: {field.name} is {there} there and {here} here")
+    batch = len(flat.get("position", ()))
+    like = jax.eval_shape(lambda: init_state(config, batch))
+    expected = {name: (leaf.shape, np.dtype(leaf.dtype)) for name, leaf in _named(like).items()}
+    found = {name: (leaf.shape, np.dtype(leaf.dtype)) for name, leaf in flat.items()}
+    if found != expected:
+        wrong = sorted(name for name in found.keys() | expected.keys() if found.get(name) != expected.get(name))
+        raise ValueError(f"{path} is not a saved state: {', '.join(wrong)} missing, unknown or of another shape")
+    return jax.tree.unflatten(jax.tree.structure(like), [flat[name] for name in _named(like)])
+
+
+def _named(state: DecodeState) -> dict[str, jax.Array]:
+    """Leaves by their path, e.g. "memory.weights.gate", in the order of the tree."""
+    leaves = jax.tree_util.tree_leaves_with_path(state)
+    return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}

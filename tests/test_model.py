@@ -185,6 +185,25 @@ def test_state_is_constant_and_forks():
     np.testing.assert_array_equal(again, apply(tokens[:, 10:20], short)[0])
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_states_are_files(tmp_path, dtype):
+    config = TINY.replace(dtype=dtype)
+    empty = state_lib.init_state(config, 2)
+    rng = np.random.default_rng(0)
+    state = jax.tree.map(lambda leaf: jnp.asarray(rng.integers(0, 9, leaf.shape), leaf.dtype), empty)
+    file = tmp_path / "book.safetensors"
+    state_lib.save_state(file, config, state)
+    jax.tree.map(np.testing.assert_array_equal, state_lib.load_state(file, config), state)
+    with pytest.raises(ValueError, match="another model: window is 6 there and 7 here"):
+        state_lib.load_state(file, config.replace(window=7))
+    state_lib.save_state(file, config, state._replace(conv=None))
+    with pytest.raises(ValueError, match="not a saved state: conv missing"):
+        state_lib.load_state(file, config)
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(ValueError, match="not a saved state"):
+        state_lib.load_state(file, config)
+
+
 def test_bfloat16_stays_near_float32():
     params, tokens = random_params(TINY), random_tokens(2)
     low = forward(TINY.replace(dtype="bfloat16"), params, tokens)
