@@ -23,16 +23,18 @@ class WordTokenizer:
 def test_pairs_are_asked_once_each_beyond_the_windows():
     config = recall.RecallConfig(batch=5)
     tokens, asked = (np.asarray(x) for x in recall.sequences(config, jax.random.key(0)))
-    length = 4 * config.pairs + config.gap
+    begin = config.model.sinks
+    length = begin + 4 * config.pairs + config.gap
     assert tokens.shape == asked.shape == (5, length)
     assert (asked.sum(axis=1) == config.pairs).all()
     for row, positions in zip(tokens, asked, strict=True):
-        told = dict(row[: 2 * config.pairs].reshape(-1, 2).tolist())
+        told = dict(row[begin : begin + 2 * config.pairs].reshape(-1, 2).tolist())
         questions = np.flatnonzero(positions)
         assert len(told) == config.pairs
         assert sorted(row[questions]) == sorted(told)
         assert [told[row[at]] for at in questions] == row[questions + 1].tolist()
-        assert (row[2 * config.pairs : 2 * config.pairs + config.gap] >= config.keys + config.values).all()
+        noise = np.append(row[:begin], row[begin + 2 * config.pairs :][: config.gap])
+        assert (noise >= config.keys + config.values).all()
     reach = config.model.n_layers * (config.model.window - 1)
     assert config.gap > reach
 
