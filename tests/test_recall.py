@@ -23,7 +23,8 @@ class WordTokenizer:
 def test_pairs_are_asked_once_each_beyond_the_windows():
     config = recall.RecallConfig(batch=5)
     tokens, asked = (np.asarray(x) for x in recall.sequences(config, jax.random.key(0)))
-    begin = config.model.sinks
+    begin = recall.lead_in(config)
+    assert begin >= config.model.sinks
     length = begin + 4 * config.pairs + config.gap
     assert tokens.shape == asked.shape == (5, length)
     assert (asked.sum(axis=1) == config.pairs).all()

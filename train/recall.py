@@ -1,6 +1,6 @@
 """Recall beyond the window, from scratch: where only a memory can help.
 
-    python -m train.recall                           # AllMem, its writing-off control and SWA + sinks; under 5 minutes
+    python -m train.recall                           # AllMem, its writing-off control and SWA + sinks; 5 to 6 minutes
     python -m train.recall --variants allmem --model.qk_scale rms --pairs 8 --steps 2000
 
 A tiny model reads some noise for the sinks, key-value pairs, then noise longer than the reach of its windows, then
@@ -71,7 +71,7 @@ class RecallConfig:
     keys: int = 16
     values: int = 16
     gap: int = 24
-    steps: int = 600
+    steps: int = 650
     target: float = 0.97
     batch: int = 64
     learning_rate: float = 3e-3
@@ -87,6 +87,11 @@ class RecallConfig:
             raise ValueError(f"gap={self.gap} must exceed the windows' reach of n_layers * (window - 1) = {reach}")
 
 
+def lead_in(config: RecallConfig) -> int:
+    """Tokens of noise before the pairs: the sinks see these and no pair, and the pairs begin on the chunk grid."""
+    return -(-config.model.sinks // config.model.chunk) * config.model.chunk
+
+
 def sequences(config: RecallConfig, key: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Draws tokens int32 [B, L] and a mask bool [B, L] of the positions whose next token is an answer."""
     p, b = config.pairs, config.batch
@@ -94,17 +99,17 @@ def sequences(config: RecallConfig, key: jax.Array) -> tuple[jax.Array, jax.Arra
     permuted = jax.vmap(lambda k: jax.random.permutation(k, config.keys)[:p])
     keys = permuted(jax.random.split(k1, b))  # [B, P]
     values = config.keys + jax.random.randint(k2, (b, p), 0, config.values)
-    sinks = config.model.sinks  # which see noise, or they would show the first pair to every question
-    noise = config.keys + config.values + jax.random.randint(k3, (b, sinks + config.gap), 0, 16)
+    lead = lead_in(config)
+    noise = config.keys + config.values + jax.random.randint(k3, (b, lead + config.gap), 0, 16)
     order = jax.vmap(lambda k: jax.random.permutation(k, p))(jax.random.split(k4, b))
 
     def interleave(keys: jax.Array, values: jax.Array) -> jax.Array:
         return jnp.stack([keys, values], axis=-1).reshape(b, 2 * p)
 
     asked = interleave(jnp.take_along_axis(keys, order, 1), jnp.take_along_axis(values, order, 1))
-    tokens = jnp.concatenate([noise[:, :sinks], interleave(keys, values), noise[:, sinks:], asked], axis=1)
+    tokens = jnp.concatenate([noise[:, :lead], interleave(keys, values), noise[:, lead:], asked], axis=1)
     position = jnp.arange(tokens.shape[1])
-    first = sinks + 2 * p + config.gap
+    first = lead + 2 * p + config.gap
     is_question = (position >= first) & ((position - first) % 2 == 0)
     return tokens, jnp.broadcast_to(is_question, tokens.shape)
 
