@@ -16,7 +16,7 @@ import hashlib
 import json
 import pathlib
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -228,5 +228,15 @@ def _print(results: dict[str, dict[str, float]], words: int) -> None:
         print(f"{name:<10} {row['accuracy']:>9.3f} {row['among_words']:>12.3f} {row['nats']:>7.3f}")
 
 
+def main() -> None:
+    """The command."""
+    commands: Any = Annotated[Score, tyro.conf.subcommand("score")] | Annotated[Train, tyro.conf.subcommand("train")]
+    chosen = tyro.cli(commands, prog="python -m train.needle", description=__doc__)
+    if isinstance(chosen, Score):
+        score(chosen)
+    else:
+        train(chosen)
+
+
 if __name__ == "__main__":
-    chosen = tyro.extras.subcommand_cli_from_dict({"score": score, "train": train}, description=__doc__)
+    main()
