@@ -42,6 +42,14 @@ def logits(hidden: jax.Array, head: jax.Array) -> jax.Array:
     return jnp.matmul(hidden, head.astype(hidden.dtype), precision=precision, preferred_element_type=jnp.float32)
 
 
+def document_offsets(segment_ids: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Of packed rows [B, L]: int32 tokens of the same document before each token, and bool whether it is the first."""
+    index = jnp.broadcast_to(jnp.arange(segment_ids.shape[1], dtype=jnp.int32), segment_ids.shape)
+    before = jnp.pad(segment_ids, ((0, 0), (1, 0)), constant_values=-1)[:, :-1]
+    first = before != segment_ids
+    return index - jax.lax.cummax(jnp.where(first, index, 0), axis=1), first
+
+
 def rope_frequencies(
     head_dim: int, theta: float, scaling: config_lib.RopeScaling | None = None
 ) -> tuple[jax.Array, float]:

@@ -94,9 +94,7 @@ class AllMemLM(nn.Module):
             lengths = lengths.astype(jnp.int32)
             offsets = offsets + position[:, None]
         elif segment_ids is not None:
-            before = jnp.pad(segment_ids, ((0, 0), (1, 0)), constant_values=-1)[:, :-1]
-            reset = before != segment_ids
-            offsets = offsets - jax.lax.cummax(jnp.where(reset, offsets, 0), axis=1)
+            offsets, reset = functional.document_offsets(segment_ids)
         rope = functional.rope_table(offsets, *functional.rope_frequencies(c.head_dim, c.rope_theta, c.rope_scaling))
         local_rope = rope
         if any(c.local_layers):

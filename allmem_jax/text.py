@@ -12,7 +12,6 @@ from allmem_jax import generation, model, state
 
 Tokenizer = transformers.PreTrainedTokenizerBase
 
-GREEDY = generation.Sampling()
 # What instruction-tuned models of the supported families end a turn with, beside the tokenizer's own end of sequence.
 TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<end_of_turn>", "<|endoftext|>")
 
@@ -55,7 +54,7 @@ def complete(
     prompt: str,
     *,
     max_tokens: int,
-    sampling: generation.Sampling = GREEDY,
+    sampling: generation.Sampling = generation.GREEDY,
     seed: int = 0,
     progress: Callable[[int], Any] | None = None,
 ) -> Iterator[str]:
@@ -102,7 +101,7 @@ class Conversation:
     params: model.Params
     config: config_lib.ModelConfig
     tokenizer: Tokenizer
-    sampling: generation.Sampling = GREEDY
+    sampling: generation.Sampling = generation.GREEDY
     max_tokens: int = 512
     seed: int = 0
     context: int = 4096

@@ -1,6 +1,6 @@
 """Recall in a converted model: one sentence somewhere in a novel, asked for after it has left the window.
 
-    python -m train.needle score --model out/demo/model                  # how many words a model recalls
+    python -m train.needle score --model CONVERTED                       # how many words a model recalls
     python -m train.needle train --out out/needle                        # teach it, beside its writing-off control
     python -m train.needle train --steps 2000 --batch 32 --seq_length 512 --dtype bfloat16     # on one GPU, to the end
 

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import optax
 
 from allmem_jax import config as config_lib
-from allmem_jax import losses, model, sharding
+from allmem_jax import functional, losses, model, sharding
 
 Metrics = dict[str, jax.Array]
 
@@ -98,11 +98,8 @@ def teacher_hidden(backbone: model.Params, config: config_lib.ModelConfig, batch
 
 def offsets_in_document(batch: Batch) -> jax.Array:
     """int32 [B, L], tokens of the same document before each token."""
-    index = jnp.broadcast_to(jnp.arange(batch.tokens.shape[1], dtype=jnp.int32), batch.tokens.shape)
-    if batch.segment_ids is None:
-        return index
-    before = jnp.pad(batch.segment_ids, ((0, 0), (1, 0)), constant_values=-1)[:, :-1]
-    return index - jax.lax.cummax(jnp.where(before != batch.segment_ids, index, 0), axis=1)
+    segments = jnp.ones_like(batch.tokens) if batch.segment_ids is None else batch.segment_ids
+    return functional.document_offsets(segments)[0]
 
 
 def choose_positions(key: jax.Array, allowed: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
