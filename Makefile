@@ -8,10 +8,11 @@ RUN := $(VENV)/bin/python
 # A test file is one process's, as what its tests compile is shared; each process takes up to 3 GB.
 PYTEST := -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
-.PHONY: help demo test test-core fetch format clean
+.PHONY: help demo evidence test test-core fetch format clean
 
 help:
 	@echo 'make demo       convert SmolLM2-135M to AllMem, distil it on real text, write a report (out/)'
+	@echo 'make evidence   every mixer beside its control: recall from scratch, SmolLM2-135M distilled (hours, resumable)'
 	@echo 'make test       format, lint and type checks, and all tests'
 	@echo 'make test-core PYTHON=python3.12'
 	@echo '                kernels, model and generation on another Python, in an environment of its own'
@@ -21,6 +22,10 @@ help:
 
 demo: $(VENV)/demo.stamp
 	$(RUN) -m train.demo
+
+evidence: $(VENV)/demo.stamp
+	$(RUN) -m train.recall_grid
+	$(RUN) -m train.evidence
 
 test: $(VENV)/dev.stamp
 	$(RUN) -m ruff format --check .

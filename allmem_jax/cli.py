@@ -1,4 +1,4 @@
-"""The `allmem` command: convert, generate, chat, evaluate, info.
+"""The `allmem` command: convert, generate, chat, evaluate, recall, report, info, cost, longbench.
 
 What a command needs is imported when it runs, so that help is quick. Expected failures end as one line on stderr and
 exit code 2.
@@ -17,14 +17,19 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-Mixer = Literal["allmem", "swa", "full"]
+Mixer = Literal["allmem", "mamba2", "delta", "swa", "full"]
 DType = Literal["float32", "bfloat16"]
+Suite = Literal["longbench", "longbench_e", "infinitebench", "lveval"]
+Variant = Literal["allmem", "mamba2", "delta", "write_off", "swa", "full"]
+Part = Literal["distance", "answers", "cost", "latency"]
 
 
 Model = Annotated[pathlib.Path, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
 ModelOrPreset = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
+Data = Annotated[pathlib.Path, tyro.conf.Positional, tyro.conf.arg(metavar="DATA_DIR")]
 Out = Annotated[pathlib.Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
 Prompt = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="PROMPT")]
+Models = Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="MODEL ...")]
 Texts = Annotated[tuple[pathlib.Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="TEXT ...")]
 
 
@@ -33,8 +38,8 @@ class Mixing:
     """How a model on disk is to run."""
 
     mixer: Mixer | None = None
-    """allmem: window, sinks and memory; swa: window and sinks; full: the original attention. Default: allmem where
-    the model has a memory, else full."""
+    """allmem: window, sinks and memory; mamba2, delta: the same with a baseline in the memory's place; swa: window
+    and sinks; full: the original attention. Default: as the model was converted, or full where it has no memory."""
     window: int | None = None
     """Tokens that attention sees; default: what the model was converted with."""
     sinks: int | None = None
@@ -196,53 +201,82 @@ def evaluate(
     """Compare a converted model with its original on text files.
 
     Reports the KL from the original inside and beyond the window, for windowed attention alone, with the memory, and
-    with the memory's writing off, as JSON, PNG and one HTML page.
+    with the memory's writing off, as JSON, PNG and one HTML page. Without a text, Python's documentation is read.
 
     Example: allmem evaluate smollm2-allmem moby_dick.txt persuasion.txt --out out/books
 
     Args:
         model: Converted folder, Hugging Face folder (safetensors) or .gguf file.
         texts: UTF-8 text files.
-        out: Folder to write report.json, curves.png and index.html to.
+        out: Folder to write report.json, distance.png and index.html to.
         length: Tokens of a sequence.
         sequences: Sequences from each text, spread over it.
         batch: Sequences run together.
     """
-    from allmem_jax import evals, report
-    from allmem_jax import model as model_lib
+    from allmem_jax import evaluation_report, report, sections
 
-    missing = [str(path) for path in texts if not path.is_file()]
-    if missing or not texts:
-        raise FileNotFoundError(f"no such file: {', '.join(missing)}" if missing else "give at least one text file")
+    named = evaluation_report.read_texts(texts)
     config, params, tokenizer = _load(model, mixing)
-    if config.mixer == "full":
-        config = config.replace(mixer="swa")
-    backbone, memory = model_lib.split_params(params)
-    distinct = len({path.name for path in texts}) == len(texts)
-    ids = {path.name if distinct else str(path): _encode(tokenizer, path) for path in texts}
-    tokens = {name: evals.cut(text, length, sequences, tokenizer.encode("")) for name, text in ids.items()}
-    variants = evals.standard_variants(config, memory if config.mixer == "allmem" else None)
-    total = len(texts) * -(-sequences // batch) * len(variants)
-    progress = _progress(total, "evaluating")
-    results = evals.evaluate(config, backbone, tokens, variants, batch=batch, progress=lambda: progress(1))
-    both = len(variants) > 1 and length > config.window
-    command = shlex.join(["allmem", "evaluate", str(model), *map(str, texts), "--length", str(length),
-                          "--sequences", str(sequences), "--out", str(out)])  # fmt: skip
-    page = report.write(
-        out,
-        report.Report(
-            title=f"{model.name} against its original",
-            evaluation=results,
-            memory=evals.CONVERTED if both else None,
-            control=evals.WRITE_OFF if both else None,
-            settings=dataclasses.asdict(config),
-            commands=[command],
-        ),
+    options = _set(vars(mixing)) | {"length": length, "sequences": sequences, "batch": batch, "out": out}
+    flags = [word for name, value in options.items() for word in (f"--{name}", str(value))]
+    command = shlex.join(["allmem", "evaluate", str(model), *map(str, texts), *flags])
+    section = evaluation_report.measure(
+        config, params, tokenizer, named, length=length, sequences=sequences, batch=batch, command=command
     )
-    for name, rows in results["texts"].items():
+    settings = sections.Table("", ("setting", "value"), tuple((k, str(v)) for k, v in vars(config).items()))
+    described = sections.Section("settings", "Settings", f"allmem info {model}", tables=(settings,))
+    page = report.write(out, report.Report(f"{model.name} against its original", (section, described)))
+    for name, rows in section.data["texts"].items():
         beyond = (f"{key} {report.number(row['kl_beyond'])}" for key, row in rows.items() if "kl_beyond" in row)
         print(f"{name}: KL beyond the window: {', '.join(beyond)}")
     print(f"report: {page}")
+
+
+def report(
+    model: Model,
+    texts: Texts = (),
+    out: pathlib.Path = pathlib.Path("out/report"),
+    length: int | None = None,
+    sequences: int = 2,
+    prompt_length: int | None = None,
+    samples: int = 8,
+    questions: pathlib.Path | None = None,
+    longbench: pathlib.Path | None = None,
+    suite: Suite = "longbench",
+    skip: tuple[Part, ...] = (),
+    include: tuple[pathlib.Path, ...] = (),
+    dtype: DType = "float32",
+) -> int:
+    """Measure a converted model in every way that this machine can, on one HTML page with plots.
+
+    Each section names the command that makes it alone. What a part has measured is kept in the folder: a second run
+    goes on where the first was stopped. A part that fails is shown as failed; the exit code is then 1.
+
+    Example: allmem report smollm2-allmem moby_dick.txt --out out/report
+
+    Args:
+        model: Converted folder.
+        texts: UTF-8 text files; default: Python's documentation.
+        out: Folder to write report.json and index.html to.
+        length: Tokens of a sequence; default: 2048, or two windows if that is more.
+        sequences: Sequences from each text that are compared with the original.
+        prompt_length: Tokens of a prompt that hides something; default: 512, or four windows if that is more.
+        samples: Questions of each kind, and examples of each task of LongBench.
+        questions: JSON lines with questions about the texts.
+        longbench: Folder with the files of LongBench, InfiniteBench or LV-Eval, to be scored too.
+        suite: Which of them.
+        skip: Parts to leave out.
+        include: Section files that other programs wrote, to show as they are.
+        dtype: Of weights and activations.
+    """
+    from allmem_jax import full_report
+
+    settings = full_report.Settings(
+        model, texts, out, length, sequences, prompt_length, samples, questions, longbench, suite, skip, include, dtype
+    )
+    page, failed = full_report.run(settings, lambda: _load(model, Mixing(dtype=dtype)))
+    print(f"report: {page}")
+    return 1 if failed else 0
 
 
 def info(
@@ -291,17 +325,159 @@ def info(
     print(f"  {'total':<44}{totals[0]:>8.3f}{totals[1]:>12.3f}   {totals[0] / totals[1]:.2f} x fewer")
 
 
+def cost(
+    models: Models = ("qwen3-0.6b", "qwen3-1.7b"),
+    context: int = 131072,
+    windows: tuple[int, ...] = (4096, 8192),
+    out: pathlib.Path | None = None,
+    measure: bool = False,
+) -> None:
+    """Compare full attention, windows and the memories: operations of a token and bytes of state. Loads no weights.
+
+    By formula, at context lengths from 1,024 to 262,144 tokens. With --measure also in seconds on this machine, on two
+    layers of the first model's shape with random weights, at 1,024 to 16,384 tokens.
+
+    Example: allmem cost qwen3-0.6b --measure --out out/cost
+
+    Args:
+        models: Folders, .gguf files, or names of presets.
+        context: Tokens seen when the token of the table is decoded.
+        windows: Tokens that attention sees, in the mixers that have a window; the first is plotted.
+        out: Folder to write the figures to, as JSON.
+        measure: Measure times as well; takes a few minutes.
+    """
+    from allmem_jax import cost as cost_lib
+    from allmem_jax import latency, sections
+
+    configs = {name: _read_config(name).replace(dtype="bfloat16") for name in models}
+    if not configs:
+        raise ValueError("models is empty: give at least one folder, .gguf file or preset")
+    made = [cost_lib.section(configs, windows=windows, context=context)]
+    if measure:
+        name, config = next(iter(configs.items()))
+        made.append(latency.section(latency.small(config), name))
+    for section in made:
+        _print_section(section)
+        if out is not None:
+            sections.save(out / f"{section.name}.json", section)
+
+
+def recall(
+    model: Model,
+    texts: Texts = (),
+    mixing: Options = Mixing(),
+    questions: pathlib.Path | None = None,
+    tasks: tuple[str, ...] = (),
+    lengths: tuple[int, ...] = (),
+    samples: int = 32,
+    chat: bool = False,
+    seed: int = 0,
+    batch: int = 8,
+    out: pathlib.Path = pathlib.Path("out/recall"),
+) -> None:
+    """Ask a converted model, beside its original, for what it read beyond its window, and within.
+
+    Words and numbers are hidden in the texts and asked for; with --questions the texts themselves are asked about. What
+    was answered is kept in OUT/parts: a second run goes on where the first was stopped.
+
+    Example: allmem recall smollm2-allmem moby_dick.txt --lengths 512 1024 --samples 64
+
+    Args:
+        model: Converted folder, Hugging Face folder (safetensors) or .gguf file.
+        texts: UTF-8 text files; default: Python's documentation.
+        questions: JSON lines, each a question about one of the texts.
+        tasks: Names of tasks; default: those that a small model can do.
+        lengths: Tokens of prompt and answer of the long tasks; default: several windows.
+        samples: Examples of a task at a length.
+        chat: Ask through the model's chat template; otherwise as a text that the answer continues.
+        seed: Of the examples.
+        batch: Prompts run together.
+        out: Folder for the answers and recall.json, a section of a report.
+    """
+    from allmem_jax import evaluation_report, prompts, sections
+    from allmem_jax import tasks as tasks_lib
+
+    asked = prompts.read_questions(questions) if questions else []
+    named = evaluation_report.read_texts(texts)
+    config, params, tokenizer = _load(model, mixing)
+    backbone, variants = tasks_lib.variants(config, params)
+    given = _set(dict(tasks=tasks or None, lengths=lengths or None))
+    settings = dataclasses.replace(
+        tasks_lib.defaults(config, bool(asked)), samples=samples, chat=chat, seed=seed, batch=batch, **given
+    )
+    section = tasks_lib.section(
+        settings, backbone, tokenizer, named, variants, questions=asked, parts=out / "parts",
+        source=tasks_lib.fingerprint(model), command=tasks_lib.command(model, texts, questions, settings, config),
+    )  # fmt: skip
+    sections.save(out / f"{section.name}.json", section)
+    _print_section(section)
+
+
+def longbench(
+    model: Model,
+    data: Data,
+    mixing: Options = Mixing(),
+    suite: Suite = "longbench",
+    tasks: tuple[str, ...] = (),
+    mixers: tuple[Variant, ...] = (),
+    limit: int | None = None,
+    max_length: int = 131072,
+    chat: Literal["published", "always", "never"] = "published",
+    batch: int = 1,
+    out: pathlib.Path = pathlib.Path("out/longbench"),
+) -> None:
+    """Score a model on local files of LongBench, InfiniteBench or LV-Eval, with their prompts and metrics.
+
+    Predictions are kept in OUT/TASK.jsonl as they are made: a second run goes on where the first was stopped.
+    The AllMem paper runs with --window 4096 (or 8192) --sinks 128.
+
+    Example: allmem longbench smollm2-allmem data/LongBench --mixers full swa allmem --out out/longbench
+
+    Args:
+        model: Converted folder, Hugging Face folder (safetensors) or .gguf file.
+        data: Folder with the published JSON lines, one file a task.
+        suite: Which of them.
+        tasks: Names of files without .jsonl; default: all that are there.
+        mixers: Several to compare; write_off is the memory without its writing. Default: the one of --mixer.
+        limit: Only the first so many examples of each task.
+        max_length: Tokens of a prompt; longer ones lose their middle.
+        chat: When prompts go into the model's chat template: for the tasks that publish so, always, or never.
+        batch: Prompts run together.
+        out: Folder for the predictions and SUITE.json, a section of a report.
+    """
+    from allmem_jax import config as config_lib
+    from allmem_jax import longbench as longbench_lib
+    from allmem_jax import longbench_data, sections
+
+    plan = longbench_data.prepare(data, longbench_data.Settings(suite, tasks, limit, max_length, chat, batch))
+    for line in plan.skipped:
+        _say(f"left out: {line}")
+    memory: Any = next((name for name in mixers if name in config_lib.MEMORY_MIXERS), mixing.mixer)
+    config, params, tokenizer = _load(model, dataclasses.replace(mixing, mixer=memory))
+    mixers = mixers or (config.mixer,)
+    variants = longbench_lib.variants(config, params, mixers)
+    progress = _progress(sum(plan.counts) * len(variants), "answering")
+    results = longbench_lib.run(plan, params, tokenizer, variants, out, lambda: progress(1))
+    section = longbench_lib.section(results, longbench_lib.command(str(model), plan, config, mixers))
+    sections.save(out / f"{suite}.json", section)
+    _print_section(section)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command and returns its exit code: 0, or 2 after an expected failure."""
+    """Runs the command and returns its exit code: 0, 2 after an expected failure, or what the command says."""
+    arguments = sys.argv[1:] if argv is None else list(argv)
+    if arguments[:1] == ["lm-eval"]:
+        return _lm_eval(arguments[1:])
     app = tyro.extras.SubcommandApp()
-    for command in (convert, generate, chat, evaluate, info):
+    for command in (convert, generate, chat, evaluate, recall, report, info, cost, longbench):
         app.command(command)
     with warnings.catch_warnings():
         warnings.showwarning = lambda message, *_: _say(f"warning: {message}")
         try:
-            app.cli(
+            code = app.cli(
                 prog="allmem",
-                description="Language models with a constant-size state.",
+                description="Language models with a constant-size state. `allmem lm-eval ARGUMENTS` is the command of "
+                "lm-evaluation-harness, which knows them as --model allmem.",
                 args=argv,
                 config=(tyro.conf.FlagCreatePairsOff,),
             )
@@ -313,22 +489,34 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 2
         except KeyboardInterrupt:
             return 130
+    return code or 0
+
+
+def _lm_eval(arguments: list[str]) -> int:
+    """lm_eval's command, whose arguments are its own; 2 where it is not installed."""
+    try:
+        from allmem_jax import harness
+    except ImportError as error:
+        _say(f"error: {error}")
+        return 2
+    harness.main(arguments)
     return 0
 
 
 def _load(model: pathlib.Path, mixing: Mixing) -> tuple[Any, Any, Any]:
     """Config, parameters and tokenizer as `mixing` asks for; a memory that is asked for and missing is made."""
+    from allmem_jax import config as config_lib
     from allmem_jax import convert as convert_lib
     from allmem_jax import model as model_lib
 
     _say(f"reading {model}")
-    sizes = _set(dict(window=mixing.window, sinks=mixing.sinks, chunk=mixing.chunk))
-    config, params, tokenizer = convert_lib.load_pretrained(model, dtype=mixing.dtype, **sizes)
+    given = _set(dict(mixer=mixing.mixer, window=mixing.window, sinks=mixing.sinks, chunk=mixing.chunk))
+    config, params, tokenizer = convert_lib.load_pretrained(model, dtype=mixing.dtype, **given)
     if tokenizer is None:
         raise ValueError(f"{model} has no tokenizer: copy the original model's tokenizer.json into it")
     remembers = "memory" in params["layers"]
-    config = config.replace(mixer=mixing.mixer or ("allmem" if remembers else "full"))
-    if config.mixer == "allmem" and not remembers:
+    config = config.replace(mixer=mixing.mixer or (config.memory_mixer if remembers else "full"))
+    if config.mixer in config_lib.MEMORY_MIXERS and not remembers:
         _say(f"{model} has no memory: an untrained one is added, which changes nothing yet")
         params = model_lib.merge_params(params, model_lib.init_memory(config))
     return config, params, tokenizer
@@ -357,14 +545,6 @@ def _read_config(name: str) -> Any:
     return families.config_from_hf(json.loads((path / "config.json").read_text()))
 
 
-def _encode(tokenizer: Any, path: pathlib.Path) -> list[int]:
-    """The tokens of a text file, special ones not added."""
-    try:
-        return tokenizer.encode(path.read_text(encoding="utf-8"), add_special_tokens=False, verbose=False)
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text: byte {error.start} cannot be decoded") from None
-
-
 def _set(options: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in options.items() if value is not None}
 
@@ -374,6 +554,18 @@ def _ask() -> str:
         return input("> " if sys.stdin.isatty() else "").strip()
     except EOFError:
         return ""
+
+
+def _print_section(section: Any) -> None:
+    """Paragraphs, and tables in columns of text."""
+    print(f"{section.title}\n", *section.text, sep="\n")
+    for table in section.tables:
+        rows = [table.header, *table.rows]
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        print(f"\n{table.caption}")
+        for first, *rest in rows:
+            print("  ".join([first.ljust(widths[0]), *map(str.rjust, rest, widths[1:])]))
+    print()
 
 
 def _print_stream(pieces: Iterator[str]) -> None:

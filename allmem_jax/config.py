@@ -10,7 +10,8 @@ import json
 import warnings
 from typing import Any
 
-MIXERS = ("allmem", "swa", "full")
+MIXERS = ("allmem", "mamba2", "delta", "swa", "full")
+MEMORY_MIXERS = ("allmem", "mamba2", "delta")
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text")
 
 
@@ -66,18 +67,20 @@ class ModelConfig:
       max_length: tokens that the checkpoint was trained on, for information.
 
     Mixer:
-      mixer: "allmem" (windowed attention and memory), "swa" (windowed attention) or "full" (the original).
+      mixer: "allmem" (windowed attention and memory), "swa" (windowed attention) or "full" (the original). The
+        baselines "mamba2" and "delta" have a linear recurrence in the memory's place, with as many parameters.
       window, sinks: a query sees the last `window` tokens, itself among them, and the first `sinks`.
-      chunk: tokens between two updates of the memory.
+      chunk: tokens between two updates of the memory; plays no part in the baselines, which write every token.
 
-    Memory:
+    Memory (the baselines share n_mem, conv_kernel, alpha_init and write, "mamba2" d_mem too):
       n_mem, d_mem: heads and their dimension; n_mem None means n_kv_heads.
       mem_expansion: hidden size of the fast weights over d_mem.
       conv_kernel: taps of the causal depthwise convolutions.
       qk_scale: "l2" gives queries and keys of the memory unit norm (the paper), "rms" norm sqrt(d_mem).
       alpha_init: start of the memory's per-channel output scale; 0.0 leaves a converted model unchanged.
       lr_init, momentum_init: start values of the two, for an average token.
-      write: False holds the memory's learning rate at zero: the control that tells memory from adaptation.
+      write: False holds the memory's learning rate at zero (in the baselines the step and beta): the control that
+        tells memory from adaptation.
 
     Arithmetic:
       dtype: "float32" or "bfloat16", of activations and matmul inputs; fast weights are always float32.
@@ -150,6 +153,8 @@ class ModelConfig:
         _one_of("activation", self.activation, ("silu", "gelu_tanh"))
         _one_of("qk_scale", self.qk_scale, ("l2", "rms"))
         _one_of("dtype", self.dtype, ("float32", "bfloat16"))
+        if self.mixer in ("mamba2", "delta"):
+            _ = self.linear_state_shape  # a ValueError where the budget leaves no room
         if self.mixer == "allmem" and self.window < self.chunk:
             warnings.warn(
                 f"window={self.window} is shorter than chunk={self.chunk}: up to {self.chunk - self.window} tokens "
@@ -166,6 +171,57 @@ class ModelConfig:
     def memory_hidden(self) -> int:
         """Hidden size of one head's fast weights."""
         return self.mem_expansion * self.d_mem
+
+    @property
+    def memory_mixer(self) -> str:
+        """The mixer that the memory's parameters belong to: `mixer`, or "allmem" where that is one without memory."""
+        return self.mixer if self.mixer in MEMORY_MIXERS else "allmem"
+
+    @property
+    def memory_budget(self) -> int:
+        """Parameters of the "allmem" memory of one layer, all included; what the baselines may spend."""
+        d, heads, channels = self.d_model, self.memory_heads, self.memory_heads * self.d_mem
+        projections = 4 * d * channels + 5 * d * heads + 4 * heads  # q, k, v, out; lr (3), momentum, gate; biases
+        fast = 3 * channels * self.memory_hidden
+        return projections + fast + 3 * self.conv_kernel * channels + 3 * self.d_mem + d  # ... norms and alpha
+
+    @property
+    def mamba_state(self) -> int:
+        """State size of the "mamba2" mixer: the multiple of 8 whose parameters come nearest to `memory_budget`."""
+        d, heads, channels = self.d_model, self.memory_heads, self.memory_heads * self.d_mem
+        fixed = (3 * d + self.conv_kernel + 1) * channels + (d + 3) * heads + d
+        each = 2 * (d + self.conv_kernel)  # projections and convolutions of B and C
+        return self._affordable("mamba2", "state size", fixed, each, 8)
+
+    @property
+    def delta_dim(self) -> int:
+        """Head dimension of the "delta" mixer: the even number whose parameters come nearest to `memory_budget`."""
+        d, heads = self.d_model, self.memory_heads
+        fixed = 2 * d * heads + 2 * heads + d
+        each = (5 * d + 3 * self.conv_kernel) * heads + 1  # q, k, v, gate, out; convolutions; norm
+        return self._affordable("delta", "head dimension", fixed, each, 2)
+
+    @property
+    def conv_channels(self) -> int:
+        """Channels of one layer that pass through the convolutions of a mixer with a memory."""
+        if self.mixer == "mamba2":
+            return self.memory_heads * self.d_mem + 2 * self.mamba_state
+        return 3 * self.memory_heads * (self.delta_dim if self.mixer == "delta" else self.d_mem)
+
+    @property
+    def linear_state_shape(self) -> tuple[int, int, int]:
+        """(heads, Dk, Dv) of one layer's state, for "mamba2" and "delta"."""
+        dim = self.delta_dim if self.mixer == "delta" else self.d_mem
+        return self.memory_heads, (self.mamba_state if self.mixer == "mamba2" else dim), dim
+
+    def _affordable(self, mixer: str, what: str, fixed: int, each: int, multiple: int) -> int:
+        size = multiple * round((self.memory_budget - fixed) / (each * multiple))
+        if size < multiple:
+            raise ValueError(
+                f"mixer={mixer!r} has no {what} of {multiple} or more within the memory's {self.memory_budget} "
+                f"parameters a layer, {fixed} of which are spent without it: raise d_mem={self.d_mem}"
+            )
+        return size
 
     def replace(self, **changes: Any) -> "ModelConfig":
         """This config with some fields changed; an unknown field is a ValueError that suggests the nearest."""

@@ -110,13 +110,20 @@ def _load_folder(path: pathlib.Path, overrides: dict[str, Any]) -> tuple[config_
         if differing := families.differing_fields(saved, config):
             raise ValueError(f"{path / ALLMEM_CONFIG} is of another model than config.json: {', '.join(differing)}")
         config = saved
+    memory_mixer = config.memory_mixer
     config = config.replace(**overrides)
+    if config.mixer in config_lib.MEMORY_MIXERS and config.mixer != memory_mixer and (path / ALLMEM_WEIGHTS).is_file():
+        raise ValueError(
+            f"{path / ALLMEM_WEIGHTS} is a memory for mixer={memory_mixer!r}, not for mixer={config.mixer!r}: leave "
+            "mixer as it is, or start from a model without a memory"
+        )
     with contextlib.ExitStack() as files:
         stored = [tensor for file in _weight_files(path) for tensor in _open_safetensors(file, files)]
         params = _build(path, config, stored, families.HF_RULES[config.family])
         if (path / ALLMEM_WEIGHTS).is_file():
             memory = _open_safetensors(path / ALLMEM_WEIGHTS, files)
-            params["layers"]["memory"] = _build_memory(path / ALLMEM_WEIGHTS, config, memory)
+            like = config.replace(mixer=memory_mixer)
+            params["layers"]["memory"] = _build_memory(path / ALLMEM_WEIGHTS, like, memory)
     return config, params
 
 
@@ -261,27 +268,30 @@ def _check_tied(source: pathlib.Path, head: Stored, embedding: jax.Array) -> Non
 
 def _build_memory(source: pathlib.Path, config: config_lib.ModelConfig, stored: list[Stored]) -> dict[str, Any]:
     """The tree under `layers/memory`, held against the shapes that the model itself has."""
-    shapes = {path: leaf.shape for path, leaf in _flatten(_abstract_memory(config)).items()}
     by_name = {tensor.name.removeprefix("layers/memory/"): tensor for tensor in stored}
-    problems = {
-        "unused": sorted(set(by_name) - set(shapes)),
-        "wrong shape": [
-            f"{name} is {tensor.shape}, the config wants {shapes[name]}"
-            for name, tensor in by_name.items()
-            if name in shapes and tensor.shape != shapes[name]
-        ],
-        "missing": sorted(set(shapes) - set(by_name)),
-    }
-    _raise_problems(source, problems)
-    arrays = {name: by_name[name].read().astype(np.float32) for name in shapes}
+    _check_memory(source, config, {name: tensor.shape for name, tensor in by_name.items()})
+    arrays = {name: by_name[name].read().astype(np.float32) for name in by_name}
     if broken := [name for name, array in arrays.items() if not np.isfinite(array).all()]:
         raise ValueError(f"{source}: NaN or infinite weights in {', '.join(broken)}")
     return _nest({name: jnp.asarray(array) for name, array in arrays.items()})
 
 
-def _abstract_memory(config: config_lib.ModelConfig) -> dict[str, Any]:
-    """The shapes under `layers/memory`."""
-    return jax.eval_shape(lambda: model.init_memory(config))["layers"]["memory"]
+def _check_memory(
+    source: pathlib.Path | str, config: config_lib.ModelConfig, found: Mapping[str, tuple[int, ...]]
+) -> None:
+    """Holds the shapes under `layers/memory` against those of the config's memory."""
+    tree = jax.eval_shape(lambda: model.init_memory(config))["layers"]["memory"]
+    shapes = {path: leaf.shape for path, leaf in _flatten(tree).items()}
+    problems = {
+        "unused": sorted(set(found) - set(shapes)),
+        "wrong shape": [
+            f"{name} is {shape}, the config wants {shapes[name]}"
+            for name, shape in found.items()
+            if name in shapes and shape != shapes[name]
+        ],
+        "missing": sorted(set(shapes) - set(found)),
+    }
+    _raise_problems(source, problems)
 
 
 def _nest(flat: Mapping[str, Any]) -> dict[str, Any]:
@@ -339,6 +349,8 @@ def save_pretrained(
     backbone = {name: leaf for name, leaf in flat.items() if name not in memory}
     raw = families.config_to_hf(config)
     _check_params(config, backbone)
+    if memory:
+        _check_memory("params", config, {name.removeprefix("layers/memory/"): x.shape for name, x in memory.items()})
     np_dtype = _np_dtype(dtype or str(backbone["embed/embedding"].dtype))
     raw |= {"torch_dtype": np_dtype.name, "transformers_version": transformers.__version__}
     if tokenizer is not None:

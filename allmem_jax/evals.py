@@ -45,7 +45,7 @@ def standard_variants(config: config_lib.ModelConfig, memory: model.Params | Non
     """Window and sinks alone and, where there is a memory, the converted model with its writing on and off."""
     variants = [Variant(SWA, config.replace(mixer="swa"))]
     if memory:
-        config = config.replace(mixer="allmem")
+        config = config.replace(mixer=config.memory_mixer)
         variants.append(Variant(CONVERTED, config, memory))
         variants.append(Variant(WRITE_OFF, config.replace(write=False), memory))
     return variants

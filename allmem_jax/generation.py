@@ -119,7 +119,7 @@ def prefill(
 
     Args:
       params: parameters of the model.
-      config: a config with a constant state ("allmem" or "swa").
+      config: a config with a constant state (any mixer but "full").
       prompts: B lists of token ids, none empty.
       state: what the rows have already seen; None for nothing. It is read, not consumed: fork it at will.
       piece: tokens read at a time; another value compiles anew.

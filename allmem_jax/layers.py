@@ -1,4 +1,4 @@
-"""The Linen modules of one decoder layer: attention, memory, MLP.
+"""The Linen modules of one decoder layer: attention, memory or one of the baselines in its place, MLP.
 
 Parameters are plain arrays (no partitioning boxes), so the modules also live inside `nnx.bridge` hosts; what mesh axis
 each goes to is decided from its path (`allmem_jax.sharding`). Kernels are [in, out]. State is an argument and a result.
@@ -6,6 +6,7 @@ each goes to is decided from its path (`allmem_jax.sharding`). Kernels are [in, 
     B batch    L tokens    d model    Hq, Hkv attention heads    D head dimension    N memory heads    H fast hidden
 """
 
+import itertools
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -14,7 +15,7 @@ import jax.numpy as jnp
 
 import pallas_kernels
 from allmem_jax import config as config_lib
-from allmem_jax import functional
+from allmem_jax import functional, linear_memory
 
 Rope = tuple[jax.Array, jax.Array]
 
@@ -41,7 +42,7 @@ class Shared(NamedTuple):
 
 
 class LayerState(NamedTuple):
-    """One layer's part of `DecodeState`: keys, values [B, S + W, Hkv, D], conv [B, K - 1, F], `MemoryState`."""
+    """One layer's part of `DecodeState`: keys, values [B, S + W, Hkv, D], conv [B, K - 1, F] and the memory's."""
 
     keys: jax.Array
     values: jax.Array
@@ -144,6 +145,31 @@ class Attention(nn.Module):
         return Linear(c.d_model, c.o_bias, name="o_proj")(out.reshape(*x.shape[:2], -1)), cache
 
 
+def convolved(
+    c: config_lib.ModelConfig, x: jax.Array, state: LayerState | None, shared: Shared, /, **widths: int
+) -> tuple[list[jax.Array], jax.Array | None]:
+    """Projections of x [B, L, d], by name and width, each behind its causal convolution; and the tail after them.
+
+    To be called in a module: it owns the parameters NAME_proj and NAME_conv.
+    """
+    raw = [Linear(width, name=f"{name}_proj")(x) for name, width in widths.items()]
+    tails: Any = (None,) * len(raw)
+    if state is not None:
+        tails = jnp.split(state.conv, list(itertools.accumulate(widths.values()))[:-1], axis=-1)
+    out = [
+        CausalConv(c.conv_kernel, name=f"{name}_conv")(part, tail, shared.segment_ids)
+        for name, part, tail in zip(widths, raw, tails, strict=True)
+    ]
+    if state is None:
+        return out, None
+    return out, functional.conv_tail(jnp.concatenate(raw, axis=-1), state.conv, shared.lengths)
+
+
+def real_tokens(x: jax.Array, shared: Shared) -> jax.Array | None:
+    """bool [B, L], which of the tokens of x [B, L, d] are not padding; None where no one counts (no state)."""
+    return None if shared.lengths is None else jnp.arange(x.shape[1]) < shared.lengths[:, None]
+
+
 class Memory(nn.Module):
     """The memory that learns at test time: projections, convolutions, and fast weights updated chunk by chunk.
 
@@ -160,27 +186,20 @@ class Memory(nn.Module):
         """x [B, L, d] (normalised) -> alpha * memory(x) [B, L, d], and the conv tail and memory state after it."""
         c = self.config
         shape = (*x.shape[:2], c.memory_heads, c.d_mem)
-        tails: Any = (None,) * 3
-        past = valid = None
-        if state is not None:
-            tails = jnp.split(state.conv, 3, axis=-1)
-            valid = jnp.arange(x.shape[1]) < shared.lengths[:, None]
-        raw = [Linear(c.memory_heads * c.d_mem, name=f"{name}_proj")(x) for name in "qkv"]
-        q, k, v = (
-            CausalConv(c.conv_kernel, name=f"{name}_conv")(part, tail, shared.segment_ids).reshape(shape)
-            for name, part, tail in zip("qkv", raw, tails, strict=True)
-        )
+        width = c.memory_heads * c.d_mem
+        parts, tail = convolved(c, x, state, shared, q=width, k=width, v=width)
+        q, k, v = (part.reshape(shape) for part in parts)
         norm = 1.0 if c.qk_scale == "l2" else c.d_mem**0.5
         q = functional.l2_normalise(RMSNorm(c.norm_eps, name="q_norm")(q), norm)
         k = functional.l2_normalise(RMSNorm(c.norm_eps, name="k_norm")(k), norm)
         lr, momentum = self._rates(x)
         init = self._initial_weights()
 
-        if state is not None:
-            past = functional.start_memory(state.memory, init, shared.position == 0)
+        past = None if state is None else functional.start_memory(state.memory, init, shared.position == 0)
         out, after = functional.remember(
-            q, k, v, lr, momentum, init, past, chunk=c.chunk, valid=valid, reset=shared.reset
-        )
+            q, k, v, lr, momentum, init, past,
+            chunk=c.chunk, valid=real_tokens(x, shared), reset=shared.reset,
+        )  # fmt: skip
         self._report(lr, momentum, init, after)
         out = RMSNorm(c.norm_eps, name="out_norm")(out)
         small = nn.initializers.variance_scaling(0.01, "fan_in", "normal")
@@ -189,9 +208,7 @@ class Memory(nn.Module):
         out = Linear(c.d_model, name="out_proj")(out)
         alpha = self.param("alpha", nn.initializers.constant(c.alpha_init), (c.d_model,))
         out = out * alpha.astype(x.dtype)
-        if state is None:
-            return out, None
-        return out, (functional.conv_tail(jnp.concatenate(raw, axis=-1), state.conv, shared.lengths), after)
+        return out, None if tail is None else (tail, after)
 
     def _rates(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Learning rates float32 [B, L, N, 3] (gate, up, down) and momentum float32 [B, L, N]."""
@@ -229,6 +246,90 @@ class Memory(nn.Module):
             self.sow("intermediates", name, value)
 
 
+def decay_init(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """log A float32 [N] of the baselines, A evenly from 1 to 16 over the heads (Mamba-2 draws it from there)."""
+    return jnp.log(jnp.linspace(1.0, 16.0, shape[0]))
+
+
+def step_init(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """softplus^-1 of steps from 1e-3 to 1e-1, evenly on a logarithmic scale over the heads; float32 [N]."""
+    return jnp.log(jnp.expm1(jnp.geomspace(1e-3, 1e-1, shape[0])))
+
+
+class Mamba2(nn.Module):
+    """The baseline "mamba2": a selective state space in the memory's place (arXiv 2405.21060, one group).
+
+    `sow`s, under "intermediates", the mean step and decay, and the root mean square of the last state.
+    """
+
+    config: config_lib.ModelConfig
+
+    @nn.compact
+    def __call__(
+        self, x: jax.Array, state: LayerState | None, shared: Shared
+    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
+        """x [B, L, d] (normalised) -> alpha * mamba2(x) [B, L, d], and the conv tail and state [B, N, S, P] after."""
+        c = self.config
+        width = c.memory_heads * c.d_mem
+        parts, tail = convolved(c, x, state, shared, x=width, b=c.mamba_state, c=c.mamba_state)
+        value, key, query = (nn.silu(part) for part in parts)  # [B, L, N P], [B, L, S], [B, L, S]
+        value = value.reshape(*x.shape[:2], c.memory_heads, c.d_mem)
+        step = nn.softplus(Linear(c.memory_heads, True, bias_init=step_init, name="dt_proj")(x).astype(jnp.float32))
+        step = step if c.write else 0.0 * step
+        log_decay = -jnp.exp(self.param("A_log", decay_init, (c.memory_heads,))) * step
+        out, after = linear_memory.ssd(
+            query, key, (step[..., None] * value).astype(x.dtype), log_decay,
+            None if state is None else state.memory, valid=real_tokens(x, shared), reset=shared.reset,
+        )  # fmt: skip
+        _report_linear(self, step, log_decay, after)
+        skip = self.param("D", nn.initializers.ones, (c.memory_heads,))
+        out = (out + skip[:, None] * value).astype(x.dtype).reshape(*x.shape[:2], width)
+        out = RMSNorm(c.norm_eps, name="out_norm")(out * nn.silu(Linear(width, name="z_proj")(x)))
+        out = Linear(c.d_model, name="out_proj")(out)
+        out = out * self.param("alpha", nn.initializers.constant(c.alpha_init), (c.d_model,)).astype(x.dtype)
+        return out, None if tail is None else (tail, after)
+
+
+class GatedDelta(nn.Module):
+    """The baseline "delta": a linear memory under the gated delta rule in the memory's place (arXiv 2412.06464).
+
+    `sow`s, under "intermediates", the mean beta and decay, and the root mean square of the last state.
+    """
+
+    config: config_lib.ModelConfig
+
+    @nn.compact
+    def __call__(
+        self, x: jax.Array, state: LayerState | None, shared: Shared
+    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
+        """x [B, L, d] (normalised) -> alpha * delta(x) [B, L, d], and the conv tail and state [B, N, D', D'] after."""
+        c = self.config
+        heads, width = c.memory_heads, c.memory_heads * c.delta_dim
+        parts, tail = convolved(c, x, state, shared, q=width, k=width, v=width)
+        q, k, v = (nn.silu(part).reshape(*x.shape[:2], heads, c.delta_dim) for part in parts)
+        beta = nn.sigmoid(Linear(heads, name="beta_proj")(x).astype(jnp.float32))
+        beta = beta if c.write else 0.0 * beta
+        step = nn.softplus(Linear(heads, True, bias_init=step_init, name="decay_proj")(x).astype(jnp.float32))
+        log_decay = -jnp.exp(self.param("A_log", decay_init, (heads,))) * step
+        out, after = linear_memory.gated_delta(
+            functional.l2_normalise(q), functional.l2_normalise(k), v, log_decay, beta,
+            None if state is None else state.memory, valid=real_tokens(x, shared), reset=shared.reset,
+        )  # fmt: skip
+        _report_linear(self, beta, log_decay, after)
+        out = RMSNorm(c.norm_eps, name="out_norm")(out).reshape(*x.shape[:2], width)
+        out = out * nn.silu(Linear(width, name="z_proj")(x))
+        out = Linear(c.d_model, name="out_proj")(out)
+        out = out * self.param("alpha", nn.initializers.constant(c.alpha_init), (c.d_model,)).astype(x.dtype)
+        return out, None if tail is None else (tail, after)
+
+
+def _report_linear(module: nn.Module, rate: jax.Array, log_decay: jax.Array, after: jax.Array) -> None:
+    if not module.is_initializing():
+        rms = jnp.sqrt(jnp.mean(jnp.square(after)))
+        for name, value in dict(lr=jnp.mean(rate), decay=jnp.mean(jnp.exp(log_decay)), state=rms).items():
+            module.sow("intermediates", name, value)
+
+
 class Mlp(nn.Module):
     """The gated MLP of every supported family: down(act(gate x) * up x)."""
 
@@ -242,6 +343,9 @@ class Mlp(nn.Module):
         up = Linear(c.d_ff, c.mlp_bias, name="up_proj")(x)
         gate = nn.silu(gate) if c.activation == "silu" else nn.gelu(gate, approximate=True)
         return Linear(c.d_model, c.mlp_bias, name="down_proj")(gate * up)
+
+
+MEMORIES: dict[str, Any] = {"allmem": Memory, "mamba2": Mamba2, "delta": GatedDelta}
 
 
 class DecoderLayer(nn.Module):
@@ -264,8 +368,8 @@ class DecoderLayer(nn.Module):
         mixed, cache = Attention(c, name="attention")(normed, is_local, state, shared)
         x = x + (norm("post_attention_norm", mixed) if c.sandwich_norms else mixed)
         learned = None
-        if c.mixer == "allmem":
-            remembered, learned = Memory(c, name="memory")(normed, state, shared)
+        if c.mixer in MEMORIES:
+            remembered, learned = MEMORIES[c.mixer](c, name="memory")(normed, state, shared)
             x = x + remembered
         hidden = Mlp(c, name="mlp")(norm("mlp_norm", x))
         x = x + (norm("post_mlp_norm", hidden) if c.sandwich_norms else hidden)

@@ -18,7 +18,7 @@ Params = dict[str, Any]
 
 
 class AllMemLM(nn.Module):
-    """A decoder language model whose mixer is the config's: "allmem", "swa" or "full" (the original).
+    """A decoder language model with the config's mixer (`config.MIXERS`); "full" is the original.
 
     The teacher of a converted model is this module with `config.replace(mixer="full")`, applied to the same backbone
     arrays; parameters of the memory that come along are ignored by the mixers without one.
@@ -125,9 +125,12 @@ def init_params(config: config_lib.ModelConfig, seed: int = 0) -> Params:
 
 
 def init_memory(config: config_lib.ModelConfig, seed: int = 0) -> Params:
-    """Random parameters of the memory alone, {"layers": {"memory": ...}}: what conversion adds to a backbone."""
+    """Random parameters of the memory alone, {"layers": {"memory": ...}}: what conversion adds to a backbone.
+
+    It is the memory of the config's mixer, and that of "allmem" where the mixer has none.
+    """
     tokens = jnp.zeros((1, 1), jnp.int32)
-    config = config.replace(mixer="allmem")
+    config = config.replace(mixer=config.memory_mixer)
     return jax.jit(lambda key: split_params(AllMemLM(config).init(key, tokens)["params"])[1])(jax.random.key(seed))
 
 

@@ -1,36 +1,54 @@
-"""A folder that shows an evaluation: `report.json` (numbers), `curves.png`, and `index.html`, one page on its own.
+"""A folder that shows measurements: `report.json` (all numbers), `index.html` and a PNG of each section's plots.
 
-The page needs no other file and no network: the picture is inside it, and all text is escaped.
+The page is one file: it needs no other and no network. Pictures are inside it, and all text is escaped.
 """
 
 import base64
 import dataclasses
-import functools
 import html
 import io
 import json
 import os
 import pathlib
+import re
 import textwrap
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-
-from allmem_jax import evals
+from allmem_jax import sections as sections_lib
 
 STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; color: #222; }
-h1 { font-size: 1.7rem; } h2 { font-size: 1.2rem; margin-top: 2.2rem; border-bottom: 1px solid #ccc; }
-table { border-collapse: collapse; margin: .8rem 0; } caption { text-align: left; color: #555; padding-bottom: .3rem; }
-th, td { padding: .25rem .8rem; text-align: right; border-bottom: 1px solid #ddd; font-variant-numeric: tabular-nums; }
-th:first-child, td:first-child { text-align: left; }
-tr:last-child td { border-bottom: 1px solid #999; } .wide { overflow-x: auto; }
-img { max-width: 100%; } pre, blockquote { background: #f5f5f5; padding: .7rem 1rem; margin: .6rem 0;
-white-space: pre-wrap; overflow-wrap: anywhere; font: 14px/1.45 ui-monospace, monospace; } blockquote b { color: #555; }
+:root { color-scheme: light dark; --back: #fff; --ink: #1f2328; --soft: #59636e; --line: #d5dbe1; --panel: #f4f6f8;
+  --link: #0b5cad; --bad: #b42318; }
+@media (prefers-color-scheme: dark) {
+  :root { --back: #14171a; --ink: #dfe3e8; --soft: #9aa4af; --line: #353c44; --panel: #1e2328; --link: #6cb2ff;
+    --bad: #ff8a7a; }
+  img { filter: invert(1) hue-rotate(180deg); mix-blend-mode: screen; } }
+* { box-sizing: border-box; }
+body { font: 16px/1.55 system-ui, sans-serif; max-width: 66rem; margin: 0 auto; padding: 1.5rem 1.2rem 4rem;
+  background: var(--back); color: var(--ink); }
+h1 { font-size: 1.8rem; line-height: 1.2; margin: .5rem 0 1rem; text-wrap: balance; }
+h2 { font-size: 1.3rem; line-height: 1.3; margin: 3rem 0 .8rem; padding-top: .8rem; border-top: 1px solid var(--line); }
+p { max-width: 46rem; margin: .6rem 0; overflow-wrap: anywhere; } section > p:first-of-type { font-weight: 600; }
+a { color: var(--link); } .failed, .failed a { color: var(--bad); }
+nav { background: var(--panel); border-radius: 8px; padding: .8rem 1.2rem; margin: 1.4rem 0; }
+nav ol { margin: 0; padding-left: 1.4rem; columns: 20rem 2; }
+.wide { overflow-x: auto; margin: 1.2rem 0; } table { border-collapse: collapse; font-size: .92rem; }
+caption { text-align: left; font-weight: 600; padding-bottom: .3rem; }
+th, td { padding: .3rem .9rem .3rem 0; text-align: right; vertical-align: top; border-bottom: 1px solid var(--line);
+  font-variant-numeric: tabular-nums; white-space: nowrap; }
+th { color: var(--soft); font-weight: 600; vertical-align: bottom; white-space: normal; }
+.words { text-align: left; white-space: pre-line; min-width: 7rem; max-width: 44rem; overflow-wrap: break-word; }
+img { display: block; max-width: max(100%, 42rem); height: auto; }
+pre { background: var(--panel); border-radius: 8px; padding: .7rem 1rem; margin: .4rem 0; white-space: pre-wrap;
+  overflow-wrap: anywhere; font: 14px/1.5 ui-monospace, monospace; }
+.label { color: var(--soft); font-size: .85rem; margin: 1.2rem 0 0; }
 """
-
-Row = Sequence[str]
+# Nothing may be fetched, whatever the text of a section is.
+POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#b04c95", "#c98a00", "#3aa0d8", "#6a3d9a", "#555555")
+DASHES = ("-", "--", "-.", ":")
+NUMBER = re.compile(r"[-+]?[\d.].{0,23}|-?")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,36 +57,41 @@ class Report:
 
     Attributes:
       title: of the page.
-      evaluation: from `evals.evaluate`.
-      memory, control: the variants whose shares of the gap are set side by side; None leaves that section out.
-      training: run -> rows of numbers, each with "step" and "loss".
-      samples: (prompt, continuation) pairs.
-      settings: name -> value.
-      commands: how to repeat it.
+      sections: in order; their names must differ.
       notes: sentences for the top of the page.
+      failed: names of the sections that say why there is no result.
     """
 
     title: str
-    evaluation: dict[str, Any]
-    memory: str | None = None
-    control: str | None = None
-    training: dict[str, list[dict[str, Any]]] = dataclasses.field(default_factory=dict)
-    samples: Sequence[tuple[str, str]] = ()
-    settings: dict[str, Any] = dataclasses.field(default_factory=dict)
-    commands: Sequence[str] = ()
-    notes: Sequence[str] = ()
+    sections: tuple[sections_lib.Section, ...]
+    notes: tuple[str, ...] = ()
+    failed: tuple[str, ...] = ()
 
 
 def write(folder: str | os.PathLike[str], report: Report) -> pathlib.Path:
-    """Writes the three files, each in one step, and returns the path of the page."""
+    """Writes the files, each in one step, and returns the path of the page.
+
+    Raises:
+      ValueError: the name of a section is not fit for a file, or is there twice.
+    """
+    check_names([section.name for section in report.sections])
     folder = pathlib.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    picture = plot(report)
-    numbers = dataclasses.asdict(report)
-    _write_bytes(folder / "report.json", json.dumps(numbers, indent=1, default=str).encode())
-    _write_bytes(folder / "curves.png", picture)
-    _write_bytes(folder / "index.html", page(report, picture).encode())
+    pictures = {section.name: draw(section) for section in report.sections if section.plots}
+    for name, picture in pictures.items():
+        _write_bytes(folder / f"{name}.png", picture)
+    _write_bytes(folder / "report.json", json.dumps(dataclasses.asdict(report), indent=1).encode())
+    _write_bytes(folder / "index.html", page(report, pictures).encode())
     return folder / "index.html"
+
+
+def check_names(names: Sequence[str]) -> None:
+    """Refuses names of sections that cannot be file names, and doubles."""
+    for name in names:
+        if not re.fullmatch(r"\w[\w.-]*", name):
+            raise ValueError(f"a section is named {name!r}: use letters, digits, - _ and ., as it names a file")
+        if names.count(name) > 1:
+            raise ValueError(f"two sections are named {name!r}: leave one out, or rename it")
 
 
 def _write_bytes(path: pathlib.Path, content: bytes) -> None:
@@ -77,159 +100,123 @@ def _write_bytes(path: pathlib.Path, content: bytes) -> None:
     os.replace(partial, path)
 
 
-def plot(report: Report) -> bytes:
-    """PNG: the KL over the position for every text, what each variant removes of it and, if any, the training loss."""
+def draw(section: sections_lib.Section) -> bytes:
+    """PNG of a section's plots, two in a row. A line has one colour in all of them.
+
+    Raises:
+      ValueError: the section has no plots.
+    """
     from matplotlib.backends import backend_agg
     from matplotlib.figure import Figure
 
-    evaluation = report.evaluation
-    draw = [functools.partial(_draw_text, evaluation, text) for text in evaluation["texts"]]
-    if len(evaluation["variants"]) > 2:
-        draw.append(functools.partial(_draw_removed, evaluation))
-    if report.training:
-        draw.append(functools.partial(_draw_training, report.training))
-    columns = min(len(draw), 2)
-    rows = -(-len(draw) // columns)
-    figure = Figure(figsize=(5.5 * columns, 3.4 * rows), layout="constrained")
+    if not section.plots:
+        raise ValueError(f"section {section.name!r} has no plots to draw")
+    columns = min(len(section.plots), 2)
+    rows = -(-len(section.plots) // columns)
+    figure = Figure(figsize=(5.5 * columns, 3.6 * rows), layout="constrained", dpi=130)
     axes = list(figure.subplots(rows, columns, squeeze=False).flat)
-    for axis, panel in zip(axes, draw, strict=False):
-        panel(axis)
-        axis.legend(fontsize=7)
-    for axis in axes[len(draw) :]:
+    order = list(dict.fromkeys(name for plot in section.plots for name in plot.lines))
+    for axis, plot in zip(axes, section.plots, strict=False):
+        _draw_plot(axis, plot, order)
+    for axis in axes[len(section.plots) :]:
         axis.set_axis_off()
     buffer = io.BytesIO()
     backend_agg.FigureCanvasAgg(figure).print_png(buffer)
     return buffer.getvalue()
 
 
-def _draw_text(evaluation: dict[str, Any], text: str, axis: Any) -> None:
-    for name, row in evaluation["texts"][text].items():
-        if "kl_curve" in row:
-            axis.plot(evaluation["positions"], row["kl_curve"], marker=".", label=name)
-    axis.axvline(evaluation["window"], color="gray", linestyle=":", linewidth=1)
-    axis.set_title(_plain(text), fontsize=10)
-    axis.set(xlabel="position (tokens)", ylabel="KL from the original (nats)")
+def _draw_plot(axis: Any, plot: sections_lib.Plot, order: Sequence[str]) -> None:
+    """One plot; a line's place in `order` decides its colour and its dashes."""
+    from matplotlib import ticker
 
-
-def _draw_removed(evaluation: dict[str, Any], axis: Any) -> None:
-    """Per variant, the KL of windowed attention alone minus its own, averaged over the texts."""
-    texts = evaluation["texts"].values()
-    base = [rows[evals.SWA]["kl_curve"] for rows in texts]
-    for name in evaluation["variants"]:
-        if name not in (evals.ORIGINAL, evals.SWA):
-            curves = zip(base, (rows[name]["kl_curve"] for rows in texts), strict=True)
-            removed = np.mean([np.subtract(before, after) for before, after in curves], axis=0)
-            axis.plot(evaluation["positions"], removed, marker=".", label=name)
-    axis.axvline(evaluation["window"], color="gray", linestyle=":", linewidth=1)
-    axis.set_title("what is removed of it, mean of the texts", fontsize=10)
-    axis.set(xlabel="position (tokens)", ylabel="less KL than window + sinks (nats)")
-
-
-def _draw_training(training: dict[str, list[dict[str, Any]]], axis: Any) -> None:
-    for name, steps in training.items():
-        axis.plot([row["step"] for row in steps], [row["loss"] for row in steps], marker=".", label=name)
-    axis.set_title("training", fontsize=10)
-    axis.set(xlabel="step", ylabel="loss (nats)")
+    for name, (xs, ys) in plot.lines.items():
+        place = order.index(name)
+        style = dict(color=COLOURS[place % len(COLOURS)], linestyle=DASHES[place % len(DASHES)])
+        width = 1.3 + 1.5 * (1 - (place + 1) / len(order))  # of lines that coincide, all are seen
+        axis.plot(xs, ys, marker=".", linewidth=width, label=_plain(name), **style)
+    if plot.log_x:
+        axis.set_xscale("log")
+        measured = sorted({x for xs, _ in plot.lines.values() for x in xs})
+        if len(measured) <= 10:
+            labels = [f"{x:,.0f}" if x >= 10 else f"{x:.3g}" for x in measured]
+            axis.set_xticks(measured, labels, fontsize=8, rotation=30 if len(measured) > 5 else 0)
+            axis.xaxis.set_minor_locator(ticker.NullLocator())
+    if plot.log_y:
+        axis.set_yscale("log")
+        low, high = axis.get_ylim()
+        axis.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5) if high < 500 * low else (1,)))
+        axis.yaxis.set_major_formatter("{x:,g}")
+        axis.yaxis.set_minor_formatter(ticker.NullFormatter())
+    if plot.mark_x is not None:
+        axis.axvline(plot.mark_x, color="gray", linestyle=":", linewidth=1)
+    axis.set_title(_plain(plot.title), fontsize=10)
+    axis.set(xlabel=_plain(plot.x_label), ylabel=_plain(plot.y_label))
+    axis.grid(alpha=0.25)
+    axis.spines[["top", "right"]].set_visible(False)
+    if plot.lines:
+        axis.legend(fontsize=7.5, frameon=False)
 
 
 def _plain(text: str) -> str:
-    """A title that fits, and that matplotlib does not take for mathematics."""
-    return textwrap.shorten(text, 60, placeholder=" ...").replace("$", r"\$")
+    """Text that fits, and that matplotlib does not take for mathematics."""
+    return textwrap.shorten(text, 64, placeholder=" ...").replace("$", r"\$")
 
 
-def page(report: Report, picture: bytes) -> str:
-    """The HTML page."""
-    evaluation = report.evaluation
-    encoded = base64.b64encode(picture).decode()
-    setting = (
-        f"Window {evaluation['window']}, sinks {evaluation['sinks']}, chunk {evaluation['chunk']} tokens; "
-        f"{sum(evaluation['sequences'].values())} sequences of {evaluation['length']} tokens. KL is from the original "
-        "(full attention), in nats per token; inside are the positions whose whole past the window holds."
+def page(report: Report, pictures: dict[str, bytes]) -> str:
+    """The HTML page; `pictures` are the PNGs of the sections that have plots."""
+    title = html.escape(report.title)
+    parts = [f"<h1>{title}</h1>", *(f"<p>{html.escape(note)}</p>" for note in report.notes)]
+    if len(report.sections) > 1:
+        links = (
+            f'<li{_mark(report, section)}><a href="#{section.name}">{html.escape(section.title)}</a></li>'
+            for section in report.sections
+        )
+        parts.append(f"<nav><ol>{''.join(links)}</ol></nav>")
+    for section in report.sections:
+        parts.append(f'<section id="{section.name}"{_mark(report, section)}>')
+        parts += _section(section, pictures.get(section.name))
+        parts.append("</section>")
+    head = (
+        f'<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
+        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}"><title>{title}</title><style>{STYLE}</style>'
     )
-    parts = [f"<h1>{_escape(report.title)}</h1>", *(f"<p>{_escape(note)}</p>" for note in report.notes)]
-    if report.memory and report.control:
-        parts += _gap_section(report)
-    parts += ["<h2>Distance from the original</h2>", f"<p>{_escape(setting)}</p>"]
-    parts += [_variant_table(evaluation, "kl_beyond", "KL beyond the window")]
-    parts += [_variant_table(evaluation, "kl_inside", "KL inside the window")]
-    parts += [_variant_table(evaluation, "ce_beyond", "Cross-entropy of the text beyond the window")]
-    parts += ["<h2>Curves</h2>", f'<img alt="curves of the tables above" src="data:image/png;base64,{encoded}">']
-    if report.training:
-        parts += ["<h2>Training</h2>", *(_training_table(name, rows) for name, rows in report.training.items())]
-    if report.samples:
-        parts.append("<h2>Generated text</h2>")
-        parts += [f"<blockquote><b>{_escape(p)}</b>{_escape(text)}</blockquote>" for p, text in report.samples]
-    if report.settings:
-        rows = [(str(name), str(value)) for name, value in report.settings.items()]
-        parts += ["<h2>Settings</h2>", table("", ("setting", "value"), rows)]
-    if report.commands:
-        parts += ["<h2>Commands</h2>", f"<pre>{_escape(chr(10).join(report.commands))}</pre>"]
-    head = f'<meta charset="utf-8"><title>{_escape(report.title)}</title><style>{STYLE}</style>'
     body = "\n".join(parts)
     return f'<!doctype html>\n<html lang="en"><head>{head}</head>\n<body>\n{body}\n</body></html>\n'
 
 
-def gap_rows(evaluation: dict[str, Any], memory: str, control: str) -> list[Row]:
-    """Per text and over all: share closed by the memory, by its control, and their difference with its error."""
-    ours, theirs = (evals.gap_closed(evaluation, name) for name in (memory, control))
-    difference = evals.gap_difference(evaluation, memory, control)
-    rows: list[Row] = []
-    for text in ours:
-        share, error = difference[text]
-        rows.append((text, f"{ours[text]:.1%}".replace("%", " %"), f"{theirs[text]:.1%}".replace("%", " %"),
-                     f"{100 * share:+.2f} ± {100 * error:.2f}"))  # fmt: skip
-    return rows
+def _mark(report: Report, section: sections_lib.Section) -> str:
+    return ' class="failed"' if section.name in report.failed else ""
 
 
-def verdict(evaluation: dict[str, Any], memory: str, control: str) -> str:
-    """One sentence on whether writing helped, beyond what the same module does with writing off.
-
-    "Cannot be told apart" is a difference of less than a percentage point, or of less than twice its error.
-    """
-    share, error = evals.gap_difference(evaluation, memory, control)["all texts"]
-    ours, theirs = (evals.gap_closed(evaluation, name)["all texts"] for name in (memory, control))
-    sizes = f"{ours:.1%} of the gap against {theirs:.1%}, a difference of {100 * share:+.2f} ± {100 * error:.2f} points"
-    if not abs(share) > max(2 * error, 0.01):
-        return (
-            f"The memory and its writing-off control cannot be told apart: {sizes}. At this budget the gain is "
-            "adaptation, not yet memory."
-        )
-    return f"The memory closes {'more' if share > 0 else 'less'} than its writing-off control: {sizes}."
+def _section(section: sections_lib.Section, picture: bytes | None) -> list[str]:
+    """Heading, sentences, picture, tables, and the command that makes the figures again."""
+    parts = [f"<h2>{html.escape(section.title)}</h2>", *(f"<p>{html.escape(text)}</p>" for text in section.text)]
+    if picture is not None:
+        about = html.escape("; ".join(plot.title for plot in section.plots), quote=True)
+        data = base64.b64encode(picture).decode()
+        parts.append(f'<div class="wide"><img alt="{about}" src="data:image/png;base64,{data}"></div>')
+    parts += [table(each) for each in section.tables]
+    if section.command:
+        parts.append(f'<div class="label">Made by</div><pre>{html.escape(section.command)}</pre>')
+    return parts
 
 
-def _gap_section(report: Report) -> list[str]:
-    assert report.memory and report.control
-    explanation = (
-        "The gap is the KL that windowed attention with sinks alone leaves beyond the window. The control is the same "
-        "module with its writing switched off (learning rate 0). The error is that of the difference over blocks of "
-        "text, for one training seed."
-    )
-    header = ("text", report.memory, report.control, "difference (percentage points)")
-    rows = gap_rows(report.evaluation, report.memory, report.control)
-    return [
-        "<h2>Share of the gap closed</h2>",
-        f"<p><strong>{_escape(verdict(report.evaluation, report.memory, report.control))}</strong></p>",
-        table("Share of the gap closed", header, rows),
-        f"<p>{_escape(explanation)}</p>",
+def table(content: sections_lib.Table) -> str:
+    """An HTML table; every cell is escaped. Columns that hold more than numbers are set as words."""
+    width = len(content.header)
+    words = [
+        column == 0 or not all(NUMBER.fullmatch(row[column]) for row in content.rows if column < len(row))
+        for column in range(width)
     ]
 
+    def line(tag: str, cells: Sequence[str]) -> str:
+        marks = [' class="words"' if is_words else "" for is_words in [*words, *[True] * len(cells)]]
+        return "".join(f"<{tag}{mark}>{html.escape(cell)}</{tag}>" for mark, cell in zip(marks, cells, strict=False))
 
-def _variant_table(evaluation: dict[str, Any], key: str, caption: str) -> str:
-    """Texts down, variants across; variants without that number (the original has no KL) are left out."""
-    texts = evaluation["texts"]
-    names = [name for name in evaluation["variants"] if all(key in rows[name] for rows in texts.values())]
-    rows = [(text, *(number(variants[name][key]) for name in names)) for text, variants in texts.items()]
-    return table(caption, ("text", *names), rows)
-
-
-def _training_table(name: str, steps: Sequence[dict[str, Any]]) -> str:
-    """The numbers of a few steps, evenly spread; columns are what all rows have."""
-    if not steps:
-        return f"<p>{_escape(name)}: no step was recorded.</p>"
-    count = min(len(steps), 8)
-    chosen = [steps[round(i * (len(steps) - 1) / max(count - 1, 1))] for i in range(count)]
-    columns = [key for key in chosen[0] if all(isinstance(row.get(key), int | float) for row in chosen)]
-    return table(f"{name}: {len(steps)} steps recorded", columns, [[number(row[c]) for c in columns] for row in chosen])
+    caption = f"<caption>{html.escape(content.caption)}</caption>" if content.caption else ""
+    body = "\n".join(f"<tr>{line('td', row)}</tr>" for row in content.rows)
+    head = f"<thead><tr>{line('th', content.header)}</tr></thead>"
+    return f'<div class="wide"><table>{caption}{head}<tbody>\n{body}\n</tbody></table></div>'
 
 
 def number(value: float | int | None) -> str:
@@ -237,15 +224,3 @@ def number(value: float | int | None) -> str:
     if value is None:
         return "-"
     return str(value) if isinstance(value, int) else f"{value:.4g}"
-
-
-def table(caption: str, header: Row, rows: Sequence[Row]) -> str:
-    """An HTML table; every cell is escaped."""
-    head = "".join(f"<th>{_escape(cell)}</th>" for cell in header)
-    body = "\n".join("<tr>" + "".join(f"<td>{_escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
-    title = f"<caption>{_escape(caption)}</caption>" if caption else ""
-    return f'<div class="wide"><table>{title}<thead><tr>{head}</tr></thead><tbody>\n{body}\n</tbody></table></div>'
-
-
-def _escape(text: str) -> str:
-    return html.escape(str(text))

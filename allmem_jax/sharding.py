@@ -23,9 +23,9 @@ AXES = ("data", "fsdp", "tensor", "context")
 RULES: tuple[tuple[str, PartitionSpec], ...] = (
     (r"embed/embedding$", PartitionSpec("tensor", "fsdp")),
     (r"lm_head/kernel$", PartitionSpec("fsdp", "tensor")),
-    (r"memory/(lr|momentum|gate)_proj/kernel$", PartitionSpec(None, "fsdp", None)),
+    (r"memory/(lr|momentum|gate|b|c|dt|beta|decay)_proj/kernel$", PartitionSpec(None, "fsdp", None)),
     (r"memory/fast_(gate|up|down)$", PartitionSpec(None, "tensor", None, None)),
-    (r"memory/[qkv]_conv/kernel$", PartitionSpec(None, None, "tensor")),
+    (r"memory/[qkvx]_conv/kernel$", PartitionSpec(None, None, "tensor")),
     (r"(o|down|out)_proj/kernel$", PartitionSpec(None, "tensor", "fsdp")),
     (r"_proj/kernel$", PartitionSpec(None, "fsdp", "tensor")),
     (r"", PartitionSpec()),

@@ -3,7 +3,8 @@
 It is a pytree of arrays, an argument and a result of every call, so it can be saved, copied and forked. Axes:
 
     Y layers    B batch    S sink slots    W window slots    Hkv key heads    D dimension of a head
-    K convolution taps    F channels that pass through the convolutions (3 n_mem d_mem)
+    K convolution taps    F channels that pass through the convolutions    N memory heads
+    Dk, Dv rows and columns of a linear memory's state
 """
 
 import dataclasses
@@ -28,14 +29,15 @@ class DecodeState(NamedTuple):
       position: int32 [B], tokens seen by each row.
       keys, values: [Y, B, S + W, Hkv, D], the ring cache (see `functional.attend_cached`).
       conv: [Y, B, K - 1, F], the last inputs of the memory's convolutions; None without a memory.
-      memory: `MemoryState` with a leading Y; None without a memory.
+      memory: `MemoryState` with a leading Y; float32 [Y, B, N, Dk, Dv] for the mixers "mamba2" and "delta"; None
+        without a memory.
     """
 
     position: jax.Array
     keys: jax.Array
     values: jax.Array
     conv: jax.Array | None
-    memory: pallas_kernels.MemoryState | None
+    memory: pallas_kernels.MemoryState | jax.Array | None
 
 
 def init_state(config: config_lib.ModelConfig, batch: int) -> DecodeState:
@@ -54,13 +56,16 @@ def init_state(config: config_lib.ModelConfig, batch: int) -> DecodeState:
     layers = config.n_layers
     cache = (layers, batch, config.sinks + config.window, config.n_kv_heads, config.head_dim)
     conv = memory = None
+    if config.mixer in config_lib.MEMORY_MIXERS:
+        conv = jnp.zeros((layers, batch, config.conv_kernel - 1, config.conv_channels), dtype)
     if config.mixer == "allmem":
         heads, dim, hidden = config.memory_heads, config.d_mem, config.memory_hidden
-        conv = jnp.zeros((layers, batch, config.conv_kernel - 1, 3 * heads * dim), dtype)
         up = jnp.zeros((heads, hidden, dim), jnp.float32)
         empty = pallas_kernels.FastWeights(gate=up, up=up, down=jnp.zeros((heads, dim, hidden), jnp.float32))
         one = pallas_kernels.init_memory_state(empty, batch)
         memory = jax.tree.map(lambda leaf: jnp.zeros((layers, *leaf.shape), leaf.dtype), one)
+    elif config.mixer in config_lib.MEMORY_MIXERS:
+        memory = jnp.zeros((layers, batch, *config.linear_state_shape), jnp.float32)
     return DecodeState(jnp.zeros((batch,), jnp.int32), jnp.zeros(cache, dtype), jnp.zeros(cache, dtype), conv, memory)
 
 

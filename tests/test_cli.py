@@ -123,7 +123,8 @@ def test_evaluate_writes_the_report(converted, book, tmp_path, capsys):
     arguments = ["--length", "64", "--sequences", "2", "--batch", "2", "--out", str(tmp_path / "out")]
     assert cli.main(["evaluate", str(converted), str(book), *arguments]) == 0
     assert "book.txt: KL beyond the window" in capsys.readouterr().out
-    rows = json.loads((tmp_path / "out" / "report.json").read_text())["evaluation"]["texts"]["book.txt"]
+    saved = json.loads((tmp_path / "out" / "report.json").read_text())
+    rows = saved["sections"][0]["data"]["texts"]["book.txt"]
     assert rows["window + sinks"]["kl_beyond"] > 1e-6 > rows["window + sinks"]["kl_inside"]
     assert rows["converted"]["kl_beyond"] == pytest.approx(rows["window + sinks"]["kl_beyond"], rel=1e-4)
     assert (tmp_path / "out" / "index.html").exists()

@@ -39,11 +39,12 @@ def test_the_chain_and_its_second_run(setting, capsys, monkeypatch):
     out = capsys.readouterr().out
     assert str(page) in out and "reused" not in out
     saved = json.loads((setting.out / "report.json").read_text())
-    rows = saved["evaluation"]["texts"]["Book 2 (prose)"]
+    distance, training, writing, _ = saved["sections"]
+    rows = distance["data"]["texts"]["Book 2 (prose)"]
     assert list(rows) == [evals.ORIGINAL, evals.SWA, demo.BEFORE, evals.CONVERTED, evals.WRITE_OFF, demo.CONTROL]
     assert rows[demo.BEFORE]["kl_beyond"] == pytest.approx(rows[evals.SWA]["kl_beyond"], rel=1e-4)
     assert rows[evals.CONVERTED]["kl_beyond"] != pytest.approx(rows[evals.SWA]["kl_beyond"], rel=1e-6)
-    assert [len(steps) for steps in saved["training"].values()] == [3, 3] and len(saved["samples"]) == 2
+    assert [len(steps) for steps in training["data"].values()] == [3, 3] and len(writing["tables"][0]["rows"]) == 2
     assert "differen" in page.read_text() and demo.CONTROL in page.read_text()
     config, params, _ = convert.load_pretrained(next((setting.out / "runs").iterdir()) / "memory" / "model")
     assert (config.window, config.chunk) == (16, 8) and np.any(params["layers"]["memory"]["alpha"])

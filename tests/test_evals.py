@@ -1,4 +1,4 @@
-"""Evaluation against dense formulas, the arithmetic of its summaries, compile counts, and the report's files."""
+"""Evaluation against dense formulas, the arithmetic of its summaries, compile counts, and its section of a report."""
 
 import json
 
@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from allmem_jax import config as config_lib
-from allmem_jax import evals, model, report
+from allmem_jax import evals, evaluation_report, model, report, sections
 
 pytestmark = pytest.mark.core
 
@@ -166,41 +166,39 @@ def test_errors_name_the_fix():
         evals.evaluate(config, backbone, texts, evals.standard_variants(config, None))
 
 
-def test_report_is_self_contained(tmp_path):
+def test_a_section_shows_the_evaluation(tmp_path):
     config, backbone, memory = tiny_model()
     texts = {"<script>alert(1)</script>": tokens_like(config), "prose": tokens_like(config, seed=1)}
     variants = evals.standard_variants(config, memory)
     results = evals.evaluate(config, backbone, texts, variants, batch=2)
-    page = report.write(
-        tmp_path / "out",
-        report.Report(
-            title="A & B", evaluation=results, memory=evals.CONVERTED, control=evals.WRITE_OFF,
-            training={"memory": [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.5}]},
-            samples=[("a <prompt>", "and & more")], settings={"window": 12}, commands=["allmem info <x>"],
-        ),
-    )  # fmt: skip
-    assert sorted(path.name for path in page.parent.iterdir()) == ["curves.png", "index.html", "report.json"]
+    section = evaluation_report.evaluation_section(results, evals.CONVERTED, evals.WRITE_OFF, command="allmem <x>")
+    page = report.write(tmp_path / "out", report.Report("A & B", (section,)))
+    assert sorted(path.name for path in page.parent.iterdir()) == ["distance.png", "index.html", "report.json"]
     html = page.read_text()
     assert "<script" not in html and "&lt;script&gt;alert" in html and "A &amp; B" in html
-    assert "http" not in html.replace("http-equiv", "") and "data:image/png;base64," in html
-    assert "a &lt;prompt&gt;" in html and "percentage points" in html
+    assert "percentage points" in html and "allmem &lt;x&gt;" in html
     saved = json.loads((page.parent / "report.json").read_text())
-    assert saved["evaluation"] == results
-    assert (page.parent / "curves.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    assert saved["sections"][0]["data"] == results
+    assert len(section.plots) == 3 and list(section.plots[2].lines) == [evals.CONVERTED, evals.WRITE_OFF]
+    sections.save(tmp_path / "x.json", section)
+    assert sections.load(tmp_path / "x.json") == section
 
 
-def test_report_without_memory(tmp_path):
+def test_a_section_without_memory_and_without_a_beyond():
     config, backbone, _ = tiny_model()
-    results = evals.evaluate(
-        config, backbone, {"prose": tokens_like(config)}, evals.standard_variants(config, None), batch=2
-    )
-    html = report.write(tmp_path, report.Report(title="t", evaluation=results)).read_text()
-    assert evals.SWA in html and "percentage points" not in html
+    swa = evals.standard_variants(config, None)
+    results = evals.evaluate(config, backbone, {"prose": tokens_like(config)}, swa, batch=2)
+    section = evaluation_report.evaluation_section(results)
+    assert "nats per token from the original" in section.text[0] and len(section.tables) == 3
+    short = evals.evaluate(config, backbone, {"prose": tokens_like(config, length=config.window)}, swa, batch=2)
+    section = evaluation_report.evaluation_section(short, evals.SWA, evals.SWA)
+    assert "All 12 positions lie inside the window" in section.text[0]
+    assert section.tables[0].rows == (("prose", "-"),)
 
 
-def test_report_states_the_difference():
-    rows = report.gap_rows(fake_results(), evals.CONVERTED, "control")
+def test_the_difference_is_stated():
+    rows = evaluation_report.gap_rows(fake_results(), evals.CONVERTED, "control")
     assert [row[0] for row in rows] == ["A", "B", "all texts"]
     assert rows[0][1:4] == ("25.0 %", "12.5 %", "+12.50 ± 2.50")
-    assert "told apart" in report.verdict(fake_results(), evals.CONVERTED, "control")
-    assert "closes more" in report.verdict(fake_results(), evals.CONVERTED, evals.SWA)
+    assert "told apart" in evaluation_report.verdict(fake_results(), evals.CONVERTED, "control")
+    assert "closes more" in evaluation_report.verdict(fake_results(), evals.CONVERTED, evals.SWA)

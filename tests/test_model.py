@@ -235,7 +235,7 @@ def test_rope_scaling_keeps_fast_channels(kind):
         (dict(n_heads=5), "n_heads=5 does not divide by n_kv_heads=2"),
         (dict(window=0), "window=0"),
         (dict(sinks=-1), "sinks=-1"),
-        (dict(mixer="none"), "'allmem', 'swa', 'full'"),
+        (dict(mixer="none"), "'allmem', 'mamba2', 'delta', 'swa', 'full'"),
         (dict(local_layers=(True,)), "1 entries for n_layers=3"),
         (dict(widnow=3), "did you mean 'window'"),
     ],

@@ -9,18 +9,18 @@ import dataclasses
 import functools
 import hashlib
 import json
-import os
 import pathlib
 import re
 import time
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import tqdm
 import tyro
 
-from allmem_jax import cost, evals, model, report, text
-from train import books, fetch, finetune, metrics
+from allmem_jax import cost, evals, evaluation_report, model, report, sections, text
+from train import books, fetch, finetune, metrics, stages
 from train.recipe import FinetuneConfig
 
 BEFORE = "converted, before distillation"
@@ -59,10 +59,10 @@ def run(demo: DemoConfig) -> pathlib.Path:
     memory = dataclasses.replace(recipe, write=True, export=True, out=str(folder / "memory"))
     control = dataclasses.replace(recipe, write=False, export=False, out=str(folder / "control"))
     load = functools.cache(lambda: load_model(memory))
-    say(f"what each stage makes is kept in {folder}")
+    stages.say(f"what each stage makes is kept in {folder}")
 
     def do(name: str, what: str, work: Callable[[], Any]) -> Any:
-        return stage(folder / f"{name}.json", what, work)
+        return stages.stage(folder / f"{name}.json", what, work)
 
     size = f"{recipe.steps} steps of {recipe.batch * recipe.seq_length} tokens"
     what = "comparing with the original on held-out books"
@@ -75,9 +75,9 @@ def run(demo: DemoConfig) -> pathlib.Path:
 
     results = merge(before, after)
     page = report.write(demo.out, make_report(memory, control, results, samples))
-    say(report.verdict(results, evals.CONVERTED, CONTROL))
-    say(f"the converted model is in {pathlib.Path(memory.out, 'model')}")
-    say(f"done in {(time.monotonic() - began) / 60:.1f} minutes; the report is {page.resolve()}")
+    stages.say(evaluation_report.verdict(results, evals.CONVERTED, CONTROL))
+    stages.say(f"the converted model is in {pathlib.Path(memory.out, 'model')}")
+    stages.say(f"done in {(time.monotonic() - began) / 60:.1f} minutes; the report is {page.resolve()}")
     return page
 
 
@@ -86,22 +86,6 @@ def key(demo: DemoConfig, recipe: FinetuneConfig) -> str:
     settings = dataclasses.asdict(demo) | recipe.identity() | {"recipe": "", "out": "", "write": ""}
     settings |= {name: source.sha256 for name, source in fetch.SOURCES.items()}
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:10]
-
-
-def stage(path: pathlib.Path, what: str, work: Callable[[], Any]) -> Any:
-    """The JSON value of `work`, or what an earlier run left of it at `path`."""
-    if path.exists():
-        say(f"{what}: reused from {path}")
-        return json.loads(path.read_text())
-    say(what)
-    began = time.monotonic()
-    value = work()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(value))
-    os.replace(partial, path)
-    say(f"  took {time.monotonic() - began:.0f} s")
-    return value
 
 
 def write_texts(folder: pathlib.Path) -> pathlib.Path:
@@ -118,10 +102,10 @@ def write_texts(folder: pathlib.Path) -> pathlib.Path:
 def load_model(recipe: FinetuneConfig) -> finetune.Pretrained:
     """The converted model with a fresh memory."""
     began = time.monotonic()
-    say("  reading and converting the model")
+    stages.say("  reading and converting the model")
     loaded = finetune.load(recipe)
     share = cost.added_share(loaded.config)
-    say(f"  converted in {time.monotonic() - began:.0f} s; the memory is {share:.1%} of the parameters")
+    stages.say(f"  converted in {time.monotonic() - began:.0f} s; the memory is {share:.1%} of the parameters")
     return loaded
 
 
@@ -195,27 +179,49 @@ def make_report(
     memory: FinetuneConfig, control: FinetuneConfig, results: dict[str, Any], samples: list[tuple[str, str]]
 ) -> report.Report:
     """What the page says."""
-    exported = str(pathlib.Path(memory.out, "model"))
     training = {
         name: metrics.read_metrics(pathlib.Path(run_config.out, "metrics.jsonl"))
         for name, run_config in (("memory", memory), (CONTROL, control))
     }
+    parts = (
+        evaluation_report.evaluation_section(results, evals.CONVERTED, CONTROL, command="make demo"),
+        training_section(training),
+        sections.Section("writing", "Generated text", "make demo",
+                         tables=(sections.Table("", ("prompt", "continuation"), tuple(map(tuple, samples))),)),
+        settings_section(memory),
+    )  # fmt: skip
+    return report.Report("SmolLM2-135M-Instruct as AllMem", parts, notes=tuple(findings(results, training)))
+
+
+def training_section(training: dict[str, list[dict[str, Any]]]) -> sections.Section:
+    """The losses of the runs as curves, and the numbers of a few steps."""
     columns = ("step", "loss", "kl_beyond", "kl_inside", "grad_norm", "alpha_rms", "memory_lr", "memory_weights",
                "memory_velocity", "tokens_per_s", "skipped")  # fmt: skip
-    shown = {name: [{c: row[c] for c in columns if row.get(c) is not None} for row in rows]
-             for name, rows in training.items()}  # fmt: skip
+    tables, lines, shown = [], {}, {}
+    for name, rows in training.items():
+        present = [column for column in columns if all(row.get(column) is not None for row in rows)]
+        shown[name] = [{column: row[column] for column in present} for row in rows]
+        lines[name] = (tuple(row["step"] for row in rows), tuple(row["loss"] for row in rows))
+        few = [rows[index] for index in sorted({round(x) for x in np.linspace(0, len(rows) - 1, min(len(rows), 8))})]
+        cells = tuple(tuple(report.number(row[column]) for column in present) for row in few)
+        tables.append(sections.Table(f"{name}: {len(rows)} steps recorded", tuple(present), cells))
+    plot = sections.Plot("training", "step", "loss (nats)", lines)
+    return sections.Section("training", "Training", "make demo", tables=tuple(tables), plots=(plot,), data=shown)
+
+
+def settings_section(memory: FinetuneConfig) -> sections.Section:
+    """The recipe, and what to do with the model that it made."""
+    exported = str(pathlib.Path(memory.out, "model"))
     commands = [
-        "make demo",
         f"allmem generate {exported} 'Once upon a time' --max-tokens 100",
         f"allmem chat {exported}",
         f"allmem evaluate {exported} YOUR_TEXT.txt",
+        f"allmem report {exported} --out out/report",
         f"allmem info {exported}",
     ]
-    return report.Report(
-        title="SmolLM2-135M-Instruct as AllMem", evaluation=results, memory=evals.CONVERTED, control=CONTROL,
-        training=shown, samples=samples, settings=memory.identity(), commands=commands,
-        notes=findings(results, training),
-    )  # fmt: skip
+    rows = tuple((name, str(value)) for name, value in memory.identity().items())
+    table = sections.Table("", ("setting", "value"), rows)
+    return sections.Section("settings", "Settings, and what to do next", "\n".join(commands), tables=(table,))
 
 
 def findings(results: dict[str, Any], training: dict[str, list[dict[str, Any]]]) -> list[str]:
@@ -238,12 +244,7 @@ def findings(results: dict[str, Any], training: dict[str, list[dict[str, Any]]])
 def say_gap(results: dict[str, Any]) -> None:
     """Prints what windowed attention alone loses."""
     for name, rows in results["texts"].items():
-        say(f"  {name}: window and sinks alone are {rows[evals.SWA]['kl_beyond']:.3f} nats from the original")
-
-
-def say(message: str) -> None:
-    """Prints a line of the demo."""
-    print(f"[demo] {message}", flush=True)
+        stages.say(f"  {name}: window and sinks alone are {rows[evals.SWA]['kl_beyond']:.3f} nats from the original")
 
 
 def main() -> None:

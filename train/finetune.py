@@ -47,7 +47,9 @@ def load(config: FinetuneConfig) -> Pretrained:
     if config.model == "tiny":
         model_config, params, tokenizer = tiny.CONFIG.replace(**overrides), tiny.backbone(), tiny.ByteTokenizer()
     else:
-        loaded, params, tokenizer = convert.load_pretrained(config.model, dtype=config.backbone_dtype)
+        loaded, params, tokenizer = convert.load_pretrained(
+            config.model, dtype=config.backbone_dtype, mixer=config.mixer
+        )
         model_config = loaded.replace(**overrides)
     if tokenizer is None:
         raise ValueError(f"{config.model} has no tokenizer, which the texts need; add its tokenizer.json")
@@ -121,7 +123,8 @@ def _train(
             chunk, window, sinks = config.draw(step)
             hidden = teacher(backbone, batch=batch)
             step_key = jax.random.fold_in(key, np.uint32(step))
-            state, values = student(chunk)(state, backbone, batch, hidden, window, sinks, step_key)
+            program = chunk if config.mixer == "allmem" else max(config.chunk)  # the baselines have no chunks
+            state, values = student(program)(state, backbone, batch, hidden, window, sinks, step_key)
             line: dict[str, Any] = {"step": step, "chunk": chunk, "window": int(window), "sinks": int(sinks)}
             line |= {name: value.item() for name, value in jax.device_get(values).items()}
             line["tokens_per_s"] = config.batch * config.seq_length / (time.perf_counter() - began)

@@ -72,8 +72,10 @@ class Progress:
 
     def show(self, line: Mapping[str, Any]) -> None:
         """Shows a step's loss, speed and the norms that tell a memory that diverges."""
-        names = ("loss", "kl_beyond", "tokens_per_s", "grad_norm", "alpha_rms", "memory_weights", "memory_velocity")
-        shown = {name: f"{line[name]:.4g}" for name in names if line[name] is not None and not math.isnan(line[name])}
+        names = ("loss", "kl_beyond", "tokens_per_s", "grad_norm", "alpha_rms", "memory_weights", "memory_velocity",
+                 "memory_state")  # fmt: skip
+        known = {name: line[name] for name in names if line.get(name) is not None}
+        shown = {name: f"{value:.4g}" for name, value in known.items() if not math.isnan(value)}
         if line["skipped"]:
             shown["skipped"] = str(line["skipped"])
         if self._bar is not None:

@@ -25,17 +25,11 @@ import tqdm
 import tyro
 
 from allmem_jax import config as config_lib
-from allmem_jax import convert, functional, model
+from allmem_jax import convert, functional, model, prompts
 from train import books, fetch, finetune
 from train.recipe import FinetuneConfig
 
-WORDS = """apple river stone garden silver bridge candle winter summer mountain window forest ocean bread music paper
-glass horse sugar table chair flower cloud storm island castle dragon engine mirror needle orange pepper rocket shadow
-spring temple tiger train valley violin water whale wheat wolf butter camel copper cotton desert diamond eagle fire
-gold honey iron lemon""".split()
-NAMES = "Alice Robert Maria Thomas Helen George Sarah Peter Laura Daniel Emma Walter Clara Simon Julia Oscar".split()
-
-Mixer = Literal["allmem", "write_off", "swa", "full"]
+Mixer = Literal["memory", "write_off", "swa", "full"]
 
 
 class Rows:
@@ -57,7 +51,8 @@ class Rows:
         self._documents = [document for document in documents if len(document) > length]
         if not self._documents:
             raise ValueError(f"no book is longer than seq_length={length} tokens; give longer texts")
-        self.words = [ids[0] for ids in (self._encode(f" {word}") for word in WORDS) if len(ids) == 1]
+        self._names = {ids[0]: word for word in prompts.WORDS if len(ids := self._encode(f" {word}")) == 1}
+        self.words = list(self._names)
         if len(self.words) < 2:
             raise ValueError("the tokenizer has fewer than two of the words as single tokens")
 
@@ -77,10 +72,9 @@ class Rows:
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
         """tokens, targets, segment_ids int32 [L] and mask bool [L], true at the last position only."""
         rng = np.random.Generator(np.random.Philox(key=[self._seed, index]))
-        name, word = NAMES[rng.integers(len(NAMES))], self.words[rng.integers(len(self.words))]
-        needle = self._encode(f" The secret word of {name} is")
-        needle = [*needle, word, *self._encode(". Remember it.")]
-        question = self._encode(f"\nQuestion: What is the secret word of {name}? Answer: The secret word of {name} is")
+        name, word = prompts.NAMES[rng.integers(len(prompts.NAMES))], self.words[rng.integers(len(self.words))]
+        needle = self._encode(prompts.needle(name, self._names[word]))
+        question = self._encode("\n" + prompts.plain_question(*prompts.needle_question(name)))
         filler = self._length - len(needle) - len(question)
         latest = self._length - self._window - len(needle)  # the sentence begins here at the latest
         if latest < 1:
@@ -104,8 +98,8 @@ class Score:
 
     model: str = ""
     """A converted folder, a Hugging Face folder or a .gguf file; the fetched SmolLM2-135M-Instruct if not set."""
-    mixers: tuple[Mixer, ...] = ("full", "swa", "allmem", "write_off")
-    """What to score; "write_off" is the memory with its learning rate at zero, the control."""
+    mixers: tuple[Mixer, ...] = ("full", "swa", "memory", "write_off")
+    """What to score: the original, windowed attention, the model's memory, and that with its writing off."""
     samples: int = 32
     """Rows."""
     seq_length: int = 256
@@ -134,7 +128,6 @@ class Train(FinetuneConfig):
     sinks: tuple[int, int] = (4, 4)
     chunk: tuple[int, ...] = (32,)
     positions: float = 1e-6
-    response_only: bool = True
     warmup: int = 10
     log_every: int = 5
     export: bool = False
@@ -150,8 +143,11 @@ def documents(chosen: Sequence[books.Book], tokenizer: Any) -> list[np.ndarray]:
 
 
 def variant(config: config_lib.ModelConfig, mixer: Mixer) -> config_lib.ModelConfig:
-    """The config that scores as `mixer`."""
-    return config.replace(mixer="allmem", write=False) if mixer == "write_off" else config.replace(mixer=mixer)
+    """The config that scores as `mixer`; the memory is the one that the config has, or AllMem's."""
+    if mixer in ("swa", "full"):
+        return config.replace(mixer=mixer)
+    config = config.replace(mixer=config.memory_mixer)
+    return config if mixer == "memory" else config.replace(write=False)
 
 
 def recall(
@@ -211,7 +207,7 @@ def train(settings: Train) -> dict[str, dict[str, float]]:
             variant(pretrained.config, mixer), pretrained.backbone, held, settings.samples, settings.batch
         )
     for write in (True, False) if settings.controls else (True,):
-        name = "allmem" if write else "write_off"
+        name = "memory" if write else "write_off"
         part = dataclasses.replace(settings, write=write, out=f"{settings.out}/{name}")
         config = pretrained.config.replace(write=write)
         finetune.run(part, pretrained._replace(config=config), rows)

@@ -1,21 +1,25 @@
 """Recall beyond the window, from scratch: where only a memory can help.
 
-    python -m train.recall                           # AllMem, its writing-off control and SWA + sinks; 5 to 6 minutes
-    python -m train.recall --variants allmem --model.qk_scale rms --pairs 8 --steps 2000
+    python -m train.recall                                        # AllMem, its writing-off control and SWA; minutes
+    python -m train.recall mqar --variants allmem delta --pairs 2 4 8 --model.lr_init 0.05
+    python -m train.recall passkey --steps 500                    # one value of five digits
 
-A tiny model reads some noise for the sinks, key-value pairs, then noise longer than the reach of its windows, then
-the keys again in another order, and must answer each with its value (multi-query associative recall, arXiv
-2312.04927). Training stops at `target` accuracy or after `steps`: a count of steps, so that the result is the same on
-every machine.
+A tiny model reads noise, then key-value pairs, then noise longer than the reach of its windows, then the keys again
+in another order, and must answer each with its value (multi-query associative recall, arXiv 2312.04927). It never
+reads an answer: which values are left would be worth 0.57 with four pairs, without a notion of what belongs to what.
+A passkey is one pair whose value has several digits, of which all must be right. Training lasts a count of steps, so
+that the result is the same on every machine; how many pairs there are, how far back and where on the chunk grid is
+drawn anew for each sequence, and a trained model is then asked at each number of pairs and distance separately.
 
-    B batch    L tokens    P pairs    V vocabulary: keys, then values, then noise
+    B batch    L tokens    P most pairs    D digits of a value    V vocabulary: keys, then digits, then noise
 """
 
 import dataclasses
+import functools
 import json
 import pathlib
 import time
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -25,9 +29,14 @@ import tqdm
 import tyro
 
 from allmem_jax import config as config_lib
-from allmem_jax import model as model_lib
+from allmem_jax import cost, functional, model
 
-Variant = Literal["allmem", "write_off", "swa", "full"]
+Variant = Literal["allmem", "write_off", "mamba2", "delta", "swa", "full"]
+
+VARIANTS = get_args(Variant)
+NOISE = 16  # kinds of noise tokens
+STRIDE = 10  # training steps of one call
+OPTIMISER = optax.chain(optax.clip_by_global_norm(1.0), optax.scale_by_adam(), optax.add_decayed_weights(0.01))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,9 +52,9 @@ class TinyModel:
     n_mem: int = 2
     d_mem: int = 32
     qk_scale: Literal["l2", "rms"] = "l2"
-    alpha_init: float = 0.1
+    alpha_init: float = 1.0
     lr_init: float = 0.02
-    momentum_init: float = 0.5
+    momentum_init: float = 0.05
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,122 +62,225 @@ class RecallConfig:
     """Settings of the recall experiment.
 
     Attributes:
-      variants: what to train: the memory, its control with writing off, windowed attention alone, full attention.
-      pairs: key-value pairs per sequence.
-      keys, values: how many of each there are; chance is 1 / values.
-      gap: tokens of noise between the pairs and the questions; must exceed the reach of the windows.
-      steps: at most so many; training stops earlier at `target`.
-      target: accuracy on fresh sequences that ends training.
+      variants: what to train: a memory, AllMem's with writing off (the control), windowed or full attention alone.
+      pairs: pairs of a sequence; each sequence of training draws one of these.
+      keys: different keys.
+      values: different digits; chance is values ** -digits.
+      digits: tokens of a value.
+      gap: fewest and most tokens of noise between the pairs and the questions, in training. The fewest must exceed
+        the reach of the windows.
+      eval_gaps: what the most is multiplied by for each distance that a trained model is asked at.
+      offset: where on the chunk grid the pairs begin, in tokens; or "random" for each sequence.
+      steps: of training, a multiple of 10; it ends earlier at `target`.
+      target: mean accuracy of ten steps that ends training.
       batch: sequences a step.
-      learning_rate: of AdamW, after 50 steps of warm-up.
+      eval_batches: batches of fresh sequences for each accuracy of a trained model.
+      learning_rate: of AdamW, after `warmup` steps.
+      warmup: steps of linear warm-up.
       seed: of parameters and data.
       out: JSON file for the results, if any.
       model: the model.
     """
 
     variants: tuple[Variant, ...] = ("allmem", "write_off", "swa")
-    pairs: int = 4
+    pairs: tuple[int, ...] = (4,)
     keys: int = 16
     values: int = 16
-    gap: int = 24
+    digits: int = 1
+    gap: tuple[int, int] = (24, 24)
+    eval_gaps: tuple[int, ...] = (1, 2, 4, 16)
+    offset: int | Literal["random"] = "random"
     steps: int = 650
     target: float = 0.97
     batch: int = 64
+    eval_batches: int = 8
     learning_rate: float = 3e-3
+    warmup: int = 50
     seed: int = 0
     out: pathlib.Path | None = None
     model: TinyModel = TinyModel()
 
     def __post_init__(self):
-        if self.pairs > self.keys:
-            raise ValueError(f"pairs={self.pairs} needs at least as many keys; keys={self.keys}")
+        if not self.pairs or not 1 <= min(self.pairs) <= max(self.pairs) <= self.keys:
+            raise ValueError(f"pairs={self.pairs} must lie between 1 and keys={self.keys}")
+        if self.steps < STRIDE or self.steps % STRIDE:
+            raise ValueError(f"steps={self.steps} must be a multiple of {STRIDE}")
+        if self.gap[0] > self.gap[1]:
+            raise ValueError(f"gap={self.gap} must be the fewest and the most tokens of noise")
         reach = self.model.n_layers * (self.model.window - 1)
-        if self.gap <= reach:
+        if self.gap[0] <= reach:
             raise ValueError(f"gap={self.gap} must exceed the windows' reach of n_layers * (window - 1) = {reach}")
 
 
+TASKS = {
+    "mqar": RecallConfig(),
+    "passkey": RecallConfig(pairs=(1,), keys=1, values=10, digits=5),
+}
+
+
+class Sequences(NamedTuple):
+    """Some sequences.
+
+    Attributes:
+      tokens: int32 [B, L].
+      places: int32 [B, P, D], the positions to answer at, in the order of the questions: at a key the first digit, at
+        each digit but the last the next one.
+      answers: int32 [B, P, D], those digits.
+      asked: bool [B, P], which of the questions there are: as many as the row has pairs.
+    """
+
+    tokens: Any
+    places: Any
+    answers: Any
+    asked: Any
+
+
 def lead_in(config: RecallConfig) -> int:
-    """Tokens of noise before the pairs: the sinks see these and no pair, and the pairs begin on the chunk grid."""
+    """Tokens of noise before the chunk that the pairs begin in: the sinks see these and no pair."""
     return -(-config.model.sinks // config.model.chunk) * config.model.chunk
 
 
-def sequences(config: RecallConfig, key: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Draws tokens int32 [B, L] and a mask bool [B, L] of the positions whose next token is an answer."""
-    p, b = config.pairs, config.batch
-    k1, k2, k3, k4 = jax.random.split(key, 4)
-    permuted = jax.vmap(lambda k: jax.random.permutation(k, config.keys)[:p])
-    keys = permuted(jax.random.split(k1, b))  # [B, P]
-    values = config.keys + jax.random.randint(k2, (b, p), 0, config.values)
-    lead = lead_in(config)
-    noise = config.keys + config.values + jax.random.randint(k3, (b, lead + config.gap), 0, 16)
-    order = jax.vmap(lambda k: jax.random.permutation(k, p))(jax.random.split(k4, b))
+def length(config: RecallConfig, gap: int) -> int:
+    """L for the most pairs, the latest begin, and `gap` tokens of noise."""
+    latest = config.model.chunk - 1 if config.offset == "random" else config.offset
+    return lead_in(config) + latest + max(config.pairs) * (1 + 2 * config.digits) + gap
 
-    def interleave(keys: jax.Array, values: jax.Array) -> jax.Array:
-        return jnp.stack([keys, values], axis=-1).reshape(b, 2 * p)
 
-    asked = interleave(jnp.take_along_axis(keys, order, 1), jnp.take_along_axis(values, order, 1))
-    tokens = jnp.concatenate([noise[:, :lead], interleave(keys, values), noise[:, lead:], asked], axis=1)
-    position = jnp.arange(tokens.shape[1])
-    first = lead + 2 * p + config.gap
-    is_question = (position >= first) & ((position - first) % 2 == 0)
-    return tokens, jnp.broadcast_to(is_question, tokens.shape)
+def sequences(config: RecallConfig, rng: np.random.Generator, pairs: np.ndarray, gap: np.ndarray) -> Sequences:
+    """Draws one sequence for each of pairs and gap, int [B] each; L is that of the longest gap.
+
+    Rows with fewer pairs or a shorter gap have noise after the last answer.
+
+    Args:
+      config: of the task.
+      rng: of all that is drawn.
+      pairs: pairs of each row, at most P = max(config.pairs).
+      gap: tokens of noise between the last pair and the first question.
+    """
+    rows, most, size = len(pairs), max(config.pairs), 1 + config.digits
+    asked = np.arange(most) < pairs[:, None]  # [B, P]
+    keys = rng.permuted(np.tile(np.arange(config.keys), (rows, 1)), axis=1)[:, :most]
+    values = config.keys + rng.integers(config.values, size=(rows, most, config.digits))
+    told = np.concatenate([keys[..., None], values], axis=-1)  # [B, P, 1 + D]
+    order = np.argsort(np.where(asked, rng.random((rows, most)), 1 + np.arange(most)), axis=1)
+    again = np.take_along_axis(told, order[..., None], axis=1)
+    offset = rng.integers(config.model.chunk, size=rows) if config.offset == "random" else config.offset
+    begin = np.broadcast_to(lead_in(config) + offset, rows)[:, None, None]
+    at = begin + np.arange(most * size).reshape(most, size)  # [B, P, 1 + D]
+    places = begin + (pairs * size + gap)[:, None, None] + np.arange(most * config.digits).reshape(most, config.digits)
+    tokens = config.keys + config.values + rng.integers(NOISE, size=(rows, length(config, gap.max())))
+    row, pair = np.nonzero(asked)
+    for place, item in ((at, told), (places, again[..., :-1])):
+        tokens[row[:, None], place[row, pair]] = item[row, pair]
+    places = np.where(asked[..., None], places, 0)
+    return Sequences(tokens.astype(np.int32), places.astype(np.int32), again[..., 1:].astype(np.int32), asked)
+
+
+def training_batches(config: RecallConfig, first: int) -> Sequences:
+    """The ten batches from step `first` on, with a leading axis: pairs and gap are drawn for each sequence."""
+    rng = np.random.Generator(np.random.Philox(key=[config.seed, first]))
+    rows = STRIDE * config.batch
+    gap = rng.integers(config.gap[0], config.gap[1] + 1, size=rows)
+    gap[0] = config.gap[1]  # so that L is always the same
+    drawn = sequences(config, rng, rng.choice(config.pairs, rows), gap)
+    return Sequences(*(part.reshape(STRIDE, config.batch, *part.shape[1:]) for part in drawn))
 
 
 def model_config(config: RecallConfig, variant: Variant) -> config_lib.ModelConfig:
     """The tiny model of a variant."""
-    tiny = dataclasses.asdict(config.model)
     return config_lib.ModelConfig(
-        vocab_size=config.keys + config.values + 16,
+        vocab_size=config.keys + config.values + NOISE,
         n_kv_heads=config.model.n_heads,
         head_dim=config.model.d_model // config.model.n_heads,
         d_ff=2 * config.model.d_model,
         mixer="allmem" if variant == "write_off" else variant,
         write=variant != "write_off",
-        **tiny,
+        **dataclasses.asdict(config.model),
     )
 
 
-def train(config: RecallConfig, variant: Variant) -> dict[str, Any]:
-    """Trains one variant; returns its steps, accuracy on 20 fresh batches, curve and seconds."""
+def loss_and_accuracy(
+    params: model.Params, tiny: config_lib.ModelConfig, drawn: Sequences
+) -> tuple[jax.Array, jax.Array]:
+    """Mean cross-entropy of the asked digits in nats, and the share of answers whose digits are all most likely."""
+    hidden: Any = model.AllMemLM(tiny).apply({"params": params}, drawn.tokens, return_hidden=True)
+    rows = jnp.arange(hidden.shape[0])[:, None, None]
+    logits = functional.logits(hidden[rows, drawn.places], model.head_kernel(params, tiny))  # [B, P, D, V]
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, drawn.answers).mean(-1)
+    right = jnp.all(jnp.argmax(logits, axis=-1) == drawn.answers, axis=-1) & drawn.asked
+    count = jnp.sum(drawn.asked)
+    return jnp.sum(losses * drawn.asked) / count, jnp.sum(right) / count
+
+
+def sizes(config: RecallConfig, variant: Variant) -> dict[str, int]:
+    """Parameters, and bytes of one row's decode state at the end of training's longest sequence, by part."""
     tiny = model_config(config, variant)
-    lm = model_lib.AllMemLM(tiny)
-    params = model_lib.init_params(tiny, config.seed)
-    schedule = optax.warmup_constant_schedule(0.0, config.learning_rate, 50)
-    optimiser = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, weight_decay=0.01))
-    data_key = jax.random.key(config.seed + 1)
+    shapes = jax.eval_shape(lambda: model.init_params(tiny))
+    parts = cost.state_parts(tiny, length(config, config.gap[1]))
+    return {"parameters": sum(leaf.size for leaf in jax.tree.leaves(shapes)), **parts}
 
-    def loss_and_accuracy(params: model_lib.Params, key: jax.Array) -> tuple[jax.Array, jax.Array]:
-        tokens, asked = sequences(config, key)
-        logits: Any = lm.apply({"params": params}, tokens)
-        logits, targets, asked = logits[:, :-1], tokens[:, 1:], asked[:, :-1]
-        losses = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
-        right = (jnp.argmax(logits, axis=-1) == targets) & asked
-        return jnp.sum(losses * asked) / jnp.sum(asked), jnp.sum(right) / jnp.sum(asked)
 
-    @jax.jit
-    def step(params: model_lib.Params, moments: Any, index: jax.Array) -> tuple[Any, Any, jax.Array, jax.Array]:
-        key = jax.random.fold_in(data_key, index)
-        (loss, accuracy), grads = jax.value_and_grad(loss_and_accuracy, has_aux=True)(params, key)
-        updates, moments = optimiser.update(grads, moments, params)
-        return optax.apply_updates(params, updates), moments, loss, accuracy
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
+def stride(
+    tiny: config_lib.ModelConfig, carry: tuple[model.Params, Any], rates: jax.Array, drawn: Sequences
+) -> tuple[tuple[model.Params, Any], jax.Array]:
+    """Ten steps. `carry`: parameters and moments; rates [10]: learning rates. Returns `carry`, (loss, accuracy) [2]."""
 
-    moments, curve, start = optimiser.init(params), [], time.perf_counter()
-    steps = 0
+    def step(carry: tuple[model.Params, Any], inputs: Any) -> tuple[tuple[model.Params, Any], jax.Array]:
+        (params, moments), (rate, drawn) = carry, inputs
+        measured, grads = jax.value_and_grad(loss_and_accuracy, has_aux=True)(params, tiny, drawn)
+        updates, moments = OPTIMISER.update(grads, moments, params)
+        params = jax.tree.map(lambda param, update: param - rate * update, params, updates)
+        return (params, moments), jnp.stack(measured)
+
+    carry, measured = jax.lax.scan(step, carry, (rates, drawn))
+    return carry, measured.mean(0)
+
+
+def fit(config: RecallConfig, variant: Variant) -> tuple[model.Params, list[tuple[int, float, float]]]:
+    """Trains to `steps` or `target`; returns the parameters and a curve of (step, loss, accuracy), ten-step means."""
+    tiny = model_config(config, variant)
+    params = model.init_params(tiny, config.seed)
+    carry: Any = (params, OPTIMISER.init(params))
+    curve: list[tuple[int, float, float]] = []
     with tqdm.tqdm(total=config.steps, desc=variant, disable=None) as bar:
-        for steps in range(1, config.steps + 1):
-            params, moments, loss, accuracy = step(params, moments, jnp.int32(steps))
-            curve.append(float(accuracy))
-            bar.update()
-            if steps % 10 == 0:
-                bar.set_postfix(loss=f"{float(loss):.3f}", accuracy=f"{np.mean(curve[-10:]):.3f}")
-                if np.mean(curve[-10:]) >= config.target:
-                    break
-    test = jax.jit(lambda p, i: loss_and_accuracy(p, jax.random.fold_in(data_key, i))[1])
-    fresh = float(np.mean([test(params, jnp.int32(10**6 + i)) for i in range(20)]))
+        for first in range(0, config.steps, STRIDE):
+            rates = config.learning_rate * np.minimum(1, np.arange(first, first + STRIDE) / max(config.warmup, 1))
+            carry, measured = stride(tiny, carry, rates.astype(np.float32), training_batches(config, first))
+            loss, accuracy = measured.tolist()
+            curve.append((first + STRIDE, loss, accuracy))
+            bar.set_postfix(loss=f"{loss:.3f}", accuracy=f"{accuracy:.3f}", refresh=False)
+            bar.update(STRIDE)
+            if accuracy >= config.target:
+                break
+    return carry[0], curve
+
+
+ask = jax.jit(lambda tiny, params, drawn: loss_and_accuracy(params, tiny, drawn)[1], static_argnums=0)
+
+
+def judge(config: RecallConfig, variant: Variant, params: model.Params) -> list[tuple[int, int, float]]:
+    """Accuracy of a trained model on fresh sequences, as (gap, pairs, accuracy), gap the slower."""
+    tiny = model_config(config, variant)
+    rng = np.random.Generator(np.random.Philox(key=[config.seed, config.steps]))
+    found = []
+    for gap in (times * config.gap[1] for times in config.eval_gaps):
+        for pairs in config.pairs:
+            rows = [np.full(config.batch, count) for count in (pairs, gap)]
+            right = [ask(tiny, params, sequences(config, rng, *rows)) for _ in range(config.eval_batches)]
+            found.append((gap, pairs, float(np.mean(right))))
+    return found
+
+
+def train(config: RecallConfig, variant: Variant) -> dict[str, Any]:
+    """Trains one variant; returns its sizes, steps, seconds, curve, and accuracy by gap and number of pairs."""
+    start = time.perf_counter()
+    params, curve = fit(config, variant)
     return {
         "variant": variant,
-        "steps": steps,
-        "accuracy": fresh,
+        **sizes(config, variant),
+        "steps": curve[-1][0],
+        "accuracy": judge(config, variant, params),
         "seconds": time.perf_counter() - start,
         "curve": curve,
     }
@@ -177,14 +289,26 @@ def train(config: RecallConfig, variant: Variant) -> dict[str, Any]:
 def main(config: RecallConfig) -> list[dict[str, Any]]:
     """Trains every variant and prints the table."""
     results = [train(config, variant) for variant in config.variants]
-    print(f"{'variant':<10} {'steps':>6} {'accuracy':>9} {'seconds':>8}    (chance {1 / config.values:.3f})")
+    print(f"accuracy by tokens of gap / pairs (chance {config.values**-config.digits:.3g})")
+    columns = "".join(f"{f'{gap}/{pairs}':>8}" for gap, pairs, _ in results[0]["accuracy"])
+    print(f"{'variant':<10} {'steps':>6} {'seconds':>8}{columns}")
     for row in results:
-        print(f"{row['variant']:<10} {row['steps']:>6} {row['accuracy']:>9.3f} {row['seconds']:>8.1f}")
+        found = "".join(f"{accuracy:>8.3f}" for _, _, accuracy in row["accuracy"])
+        print(f"{row['variant']:<10} {row['steps']:>6} {row['seconds']:>8.1f}{found}")
     if config.out is not None:
         config.out.parent.mkdir(parents=True, exist_ok=True)
         config.out.write_text(json.dumps(results))
     return results
 
 
+def parse(args: list[str] | None = None) -> RecallConfig:
+    """The config that command-line arguments ask for."""
+    command: Any = (
+        Annotated[RecallConfig, tyro.conf.subcommand("mqar", default=TASKS["mqar"])]
+        | Annotated[RecallConfig, tyro.conf.subcommand("passkey", default=TASKS["passkey"])]
+    )
+    return tyro.cli(command, args=args, default=TASKS["mqar"], prog="python -m train.recall", description=__doc__)
+
+
 if __name__ == "__main__":
-    main(tyro.cli(RecallConfig, description=__doc__))
+    main(parse())

@@ -21,8 +21,11 @@ class FinetuneConfig:
     """.txt and .jsonl files, or folders of them, to train on."""
     out: str = ""
     """Folder for checkpoints, metrics.jsonl and the result. The same command resumes what is there."""
+    mixer: Literal["allmem", "mamba2", "delta"] = "allmem"
+    """Which memory: AllMem's, or a baseline in its place, as large in parameters, that writes every token."""
     write: bool = True
-    """False holds the memory's learning rate at zero: the control that tells memory from mere adaptation."""
+    """False holds the memory's learning rate (a baseline's step or beta) at zero: the control that tells memory from
+    mere adaptation."""
     seed: int = 0
     """Of the memory's start values, the order of the data and everything drawn."""
 
@@ -136,7 +139,7 @@ class FinetuneConfig:
                 f"beyond_window leaves no position: window and sinks reach {self.window[1] + self.sinks[1]} and "
                 f"seq_length={self.seq_length}. Lower them or lengthen the rows"
             )
-        if self.window[0] < max(self.chunk):
+        if self.mixer == "allmem" and self.window[0] < max(self.chunk):
             gap = max(self.chunk) - self.window[0]
             warnings.warn(
                 f"windows may be shorter than chunks: then up to {gap} tokens are seen by neither", stacklevel=2
@@ -151,9 +154,9 @@ class FinetuneConfig:
 
     def model_overrides(self) -> dict[str, Any]:
         """Fields of `ModelConfig`. The exported model has the largest window, sinks and chunk of the ranges."""
-        names = ("d_mem", "qk_scale", "alpha_init", "lr_init", "momentum_init", "write", "dtype")
+        names = ("mixer", "d_mem", "qk_scale", "alpha_init", "lr_init", "momentum_init", "write", "dtype")
         fields = {name: getattr(self, name) for name in names}
-        fields |= {"window": self.window[1], "sinks": self.sinks[1], "chunk": max(self.chunk), "mixer": "allmem"}
+        fields |= {"window": self.window[1], "sinks": self.sinks[1], "chunk": max(self.chunk)}
         return fields if self.n_mem is None else fields | {"n_mem": self.n_mem}
 
     def identity(self) -> dict[str, Any]:

@@ -173,13 +173,11 @@ def _mean(value: jax.Array, use: jax.Array) -> jax.Array:
 
 
 def _memory_metrics(collected: dict[str, Any]) -> Metrics:
-    """What the memory's layers report, each [Y]: means of its rates, largest relative norms of its fast weights."""
-    stats = {name: value[0] for name, value in collected["memory"].items()}
+    """What the memory's layers report, each [Y]: means of its rates, the largest of the sizes of its state."""
+    sizes = ("weights", "velocity", "state")
     return {
-        "memory_lr": jnp.mean(stats["lr"]),
-        "memory_momentum": jnp.mean(stats["momentum"]),
-        "memory_weights": jnp.max(stats["weights"]),
-        "memory_velocity": jnp.max(stats["velocity"]),
+        f"memory_{name}": (jnp.max if name in sizes else jnp.mean)(value[0])
+        for name, value in collected["memory"].items()
     }
 
 

@@ -1,0 +1,374 @@
+"""Questions about something hidden in a real text: what is hidden, where it stands, and how it is asked.
+
+The kinds are those of RULER (arXiv 2404.06654) in words of our own, and questions about real books. In a long prompt
+all that an answer needs ends a window or more before the question begins and does not stand among the sinks, so that
+windowed attention sees none of it; a `short_` prompt lies within the window as a whole. Every prompt is a function of
+the seed and its index alone. Lengths, distances and offsets are in tokens.
+"""
+
+import dataclasses
+import json
+import pathlib
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+WORDS = """apple river stone garden silver bridge candle winter summer mountain window forest ocean bread music paper
+glass horse sugar table chair flower cloud storm island castle dragon engine mirror needle orange pepper rocket shadow
+spring temple tiger train valley violin water whale wheat wolf butter camel copper cotton desert diamond eagle fire
+gold honey iron lemon""".split()
+NAMES = "Alice Robert Maria Thomas Helen George Sarah Peter Laura Daniel Emma Walter Clara Simon Julia Oscar".split()
+
+# Tokens that an answer may have.
+ROOM = {"needle": 8, "needle_keys": 8, "needle_values": 32, "variables": 24, "book_questions": 16, "cloze": 6,
+        "closed_book_questions": 16}  # fmt: skip
+LONG = ("needle", "needle_keys", "needle_values", "variables", "book_questions")
+SHORT = ("short_needle", "short_needle_keys", "short_needle_values", "short_variables", "short_book_questions",
+         "short_cloze")  # fmt: skip
+CLOSED_BOOK = "closed_book_questions"
+TASKS = (*LONG, *SHORT, CLOSED_BOOK)
+ABOUT_BOOKS = ("book_questions", "short_book_questions", CLOSED_BOOK)
+
+KEYS, VALUES, CHAIN, DEPTHS = 4, 3, 3, 4  # names that have a word; words of a name; variables of a value; depths
+LONGEST_SHORT = 512  # a short prompt has no more tokens, however wide the window
+_CONTEXT = "<<the context>>"
+
+
+@dataclasses.dataclass(frozen=True)
+class Item:
+    """What is hidden and what is asked.
+
+    Attributes:
+      evidence: passages that the answer needs, in the order in which they must stand.
+      decoys: passages like them that it does not need.
+      question: as a sentence.
+      opening: how the answer begins, which the model is given; it may be empty.
+      answers: what is right: any of them, or with `every` all of them.
+      foils: what is wrong to name instead of an answer, or beside all of them.
+      every: whether all answers must be named.
+    """
+
+    evidence: tuple[str, ...]
+    question: str
+    opening: str
+    answers: tuple[str, ...]
+    decoys: tuple[str, ...] = ()
+    foils: tuple[str, ...] = ()
+    every: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Example:
+    """A prompt and what is right.
+
+    Attributes:
+      item: what was asked.
+      prompt: token ids.
+      depth: where the first evidence stands, from 0 (as early as may be) to 1 (as late); None without evidence.
+      distance: tokens between the end of that evidence and the question; None without evidence.
+    """
+
+    item: Item
+    prompt: list[int]
+    depth: float | None = None
+    distance: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Question:
+    """A question about a book.
+
+    Attributes:
+      title: of the book, for people.
+      text: name of the file that it is about, for people: the anchor decides.
+      anchor: an exact quotation, white space aside, that answers the question and stands once in the text.
+      question: names the book, so that it can be asked without it.
+      opening: how the answer begins.
+      answers: any of them is right.
+    """
+
+    title: str
+    text: str
+    anchor: str
+    question: str
+    opening: str
+    answers: tuple[str, ...]
+
+
+def room(task: str) -> int:
+    """Tokens that an answer may have."""
+    return ROOM[task.removeprefix("short_")]
+
+
+def read_questions(path: pathlib.Path) -> list[Question]:
+    """Reads a JSON-lines file with the fields of `Question`; ValueError names the line that is none."""
+    questions = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            question = Question(**json.loads(line))
+            if not (question.anchor.split() and question.question and question.answers):
+                raise ValueError("anchor, question and answers must not be empty")
+            questions.append(dataclasses.replace(question, answers=tuple(question.answers)))
+        except (ValueError, TypeError, AttributeError) as error:
+            raise ValueError(f"{path}:{number} is not a question: {error}") from None
+    return questions
+
+
+def needle(name: str, word: str) -> str:
+    """The sentence that is hidden, as it stands in the midst of others."""
+    return f" The secret word of {name} is {word}. Remember it."
+
+
+def needle_question(name: str) -> tuple[str, str]:
+    """What it is asked for with, and how the answer begins."""
+    return f"What is the secret word of {name}?", f"The secret word of {name} is"
+
+
+def plain_question(question: str, opening: str) -> str:
+    """A question as the end of a plain text, its answer begun."""
+    return f"Question: {question} Answer: {opening}".rstrip()
+
+
+def paragraph(text: str) -> str:
+    """A passage on its own, as all passages stand here: at 1,000 tokens a small model overlooks one amid a sentence."""
+    return f"\n\n{text.strip()}\n\n"
+
+
+def _needle(rng: np.random.Generator) -> Item:
+    name, word = str(rng.choice(NAMES)), str(rng.choice(WORDS))
+    return Item((paragraph(needle(name, word)),), *needle_question(name), (word,), foils=_but(word))
+
+
+def _needle_keys(rng: np.random.Generator) -> Item:
+    """One sentence a name; the first name is asked for."""
+    names, words = (rng.choice(choices, KEYS, replace=False).tolist() for choices in (NAMES, WORDS))
+    told = tuple(paragraph(needle(name, word)) for name, word in zip(names, words, strict=True))
+    return Item(told[:1], *needle_question(names[0]), (words[0],), decoys=told[1:], foils=_but(words[0]))
+
+
+def _but(word: str) -> tuple[str, ...]:
+    return tuple(other for other in WORDS if other != word)
+
+
+def _needle_values(rng: np.random.Generator) -> Item:
+    """Several words of one name, all of which are asked for."""
+    name = str(rng.choice(NAMES))
+    words = tuple(rng.choice(WORDS, VALUES, replace=False).tolist())
+    told = tuple(paragraph(f"One secret word of {name} is {word}. Remember it.") for word in words)
+    question = f"What are the {VALUES} secret words of {name}?"
+    return Item(told, question, f"One secret word of {name} is", words, every=True)
+
+
+def _variables(rng: np.random.Generator) -> Item:
+    """Two chains of variables, each with a number at its start; all variables of one number are asked for."""
+    letters = [list("BDFGKLMNPRSTVZ"), list("AEIOU"), list("BDFGKLMNPRSTVZ")]
+    names: list[str] = []
+    while len(names) < 2 * CHAIN:
+        name = "".join(str(rng.choice(choices)) for choices in letters)
+        names += [name] if name not in names else []
+    numbers = [str(number) for number in rng.choice(np.arange(10_000, 100_000), 2, replace=False)]
+    ours, theirs = names[:CHAIN], names[CHAIN:]
+    told, others = (
+        tuple(paragraph(f"Remember: {name} = {value}.") for name, value in zip(chain, [number, *chain], strict=False))
+        for chain, number in zip((ours, theirs), numbers, strict=True)
+    )
+    question = f"Which {CHAIN} variables have the value {numbers[0]}?"
+    opening = f"The {CHAIN} variables with the value {numbers[0]} are"
+    return Item(told, question, opening, tuple(ours), decoys=others, foils=tuple(theirs), every=True)
+
+
+_ITEMS: dict[str, Callable[[np.random.Generator], Item]] = {
+    "needle": _needle,
+    "needle_keys": _needle_keys,
+    "needle_values": _needle_values,
+    "variables": _variables,
+}
+
+
+class Prompts:
+    """Makes the prompts of every task.
+
+    Args:
+      tokenizer: of the model.
+      texts: name -> text that things are hidden in.
+      window, sinks: of the converted model.
+      chat: ask through the tokenizer's chat template; otherwise the prompt is one plain text.
+      seed: of everything drawn.
+      questions: about books; those whose anchor stands in no text are left out.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        texts: Mapping[str, str],
+        *,
+        window: int,
+        sinks: int,
+        chat: bool,
+        seed: int = 0,
+        questions: Sequence[Question] = (),
+    ):
+        if chat and not tokenizer.chat_template:
+            raise ValueError("chat=True, and the tokenizer has no chat template: ask in plain text")
+        self._tokenizer, self._chat, self._seed = tokenizer, chat, seed
+        self._window, self._sinks = window, sinks
+        self._texts = list(texts.values())
+        self._documents = [self._encode(text) for text in self._texts]
+        places = [(question, place) for question in questions if (place := _find(question.anchor, self._texts))]
+        order = np.random.Generator(np.random.Philox(key=[seed, 0])).permutation(len(places))
+        self._places = [places[index] for index in order]
+
+    def count(self, task: str, samples: int) -> int:
+        """How many of `samples` examples there are: no question about a book is asked twice."""
+        return min(samples, len(self._places)) if task in ABOUT_BOOKS else samples
+
+    def length(self, task: str, length: int) -> int:
+        """Tokens of the longest prompt with its answer; `length` is that of the long tasks."""
+        return length if task in LONG else min(self._window, LONGEST_SHORT)
+
+    def make(self, task: str, length: int, index: int) -> Example:
+        """The example of that index.
+
+        Args:
+          task: one of `TASKS`.
+          length: tokens of prompt and answer.
+          index: from 0.
+
+        Raises:
+          ValueError: an unknown task, no room at that length, or no text that is long enough.
+        """
+        if task not in TASKS:
+            raise ValueError(f"tasks has {task!r}, which is not one of {', '.join(TASKS)}")
+        if task in ABOUT_BOOKS and not self._places:
+            raise ValueError(f"{task} needs questions, and the texts that they are about: no anchor was found")
+        rng = np.random.Generator(np.random.Philox(key=[self._seed, index]))
+        if task == "short_cloze":
+            return self._cloze(self.length(task, length), rng)
+        if task not in ABOUT_BOOKS:
+            item = _ITEMS[task.removeprefix("short_")](rng)
+            return self._hide(task, length, item, index, rng, self._cut(rng))
+        question, (text, start, end) = self._places[index]
+        if task == CLOSED_BOOK:
+            item = Item((), question.question, question.opening, question.answers)
+            return Example(item, sum(self._frame(item, context=False), []))
+        item = Item((text[start:end],), question.question, question.opening, question.answers)
+        return self._hide(task, length, item, index, rng, self._cut_around(text, start, end))
+
+    def _hide(
+        self,
+        task: str,
+        length: int,
+        item: Item,
+        index: int,
+        rng: np.random.Generator,
+        cut: Callable[[int, int], list[int]],
+    ) -> Example:
+        """Puts the evidence of an item at its depth, and the rest anywhere, into what `cut(tokens, offset)` gives."""
+        head, tail = self._frame(item, context=True)
+        evidence, decoys = ([self._encode(passage) for passage in part] for part in (item.evidence, item.decoys))
+        taken = len(head) + len(tail) + sum(map(len, evidence + decoys)) + room(task)
+        free = self.length(task, length) - taken
+        earliest = max(0, self._sinks - len(head))
+        latest = free - (self._window if task in LONG else 0)
+        if latest < earliest:
+            within = "within" if task in SHORT else "before"
+            raise ValueError(
+                f"length={self.length(task, length)} leaves no room for {task!r} {within} a window of {self._window} "
+                f"tokens: it takes {earliest - latest} more"
+            )
+        depth = (index % DEPTHS + rng.random()) / DEPTHS
+        depths = np.append(depth, np.sort(rng.uniform(depth, 1, len(evidence) - 1)))
+        offsets = [earliest + int(x) for x in np.round(depths * (latest - earliest))]
+        elsewhere = np.sort(rng.integers(earliest, free, len(decoys), endpoint=True)).tolist()
+        places = [*zip(offsets, evidence, strict=True), *zip(elsewhere, decoys, strict=True)]
+        tokens, ends = weave(cut(free, offsets[0]), places)
+        return Example(item, [*head, *tokens, *tail], float(depth), len(tokens) - ends[0])
+
+    def _cut(self, rng: np.random.Generator) -> Callable[[int, int], list[int]]:
+        """Cuts a stretch out of a random text."""
+        which, where = rng.random(2)
+
+        def cut(tokens: int, offset: int) -> list[int]:
+            del offset
+            long = [document for document in self._documents if len(document) >= tokens]
+            if not long:
+                raise ValueError(f"no text has the {tokens} tokens that a prompt needs: give longer texts")
+            document = long[int(which * len(long))]
+            start = int(where * (len(document) - tokens + 1))
+            return document[start : start + tokens]
+
+        return cut
+
+    def _cut_around(self, text: str, start: int, end: int) -> Callable[[int, int], list[int]]:
+        """Cuts what stands around text[start:end]; past the text's end it goes on at its beginning."""
+        rest = text[end:] + text[:start]
+
+        def cut(tokens: int, offset: int) -> list[int]:
+            after = self._encode(rest[: 8 * (tokens - offset)])[: tokens - offset]
+            before = self._encode(rest[-8 * offset :])[-offset:] if offset else []
+            if len(before) + len(after) < tokens or 8 * tokens > len(rest):
+                raise ValueError(f"a text of {len(text)} characters is too short for {tokens} tokens around a passage")
+            return before + after
+
+        return cut
+
+    def _cloze(self, length: int, rng: np.random.Generator) -> Example:
+        """A passage that stops before a word which it holds already; the passage is plain text in any case."""
+        begin = self._tokenizer.encode("")
+        take = length - room("short_cloze") - len(begin)
+        for _ in range(1000):
+            text = self._texts[rng.integers(len(self._texts))]
+            found = re.compile(r"(?<=[a-z,] )[a-z]{4,}\b").search(text, int(rng.integers(len(text))))
+            if found is None:
+                continue
+            ids = self._encode(text[max(0, found.start() - 8 * take) : found.start()].rstrip())[-take:]
+            passage = str(self._tokenizer.decode(ids))
+            if len(ids) == take and re.search(rf"\b{found.group()}\b", passage):
+                return Example(Item((), "", "", (found.group(),)), [*begin, *ids])
+        raise ValueError(f"the texts hold no passage of {take} tokens that stops before a word it holds: give others")
+
+    def _frame(self, item: Item, *, context: bool) -> tuple[list[int], list[int]]:
+        """The tokens before and after the context; without a context they belong together."""
+        if not self._chat:
+            asked = plain_question(item.question, item.opening)
+            return list(self._tokenizer.encode("")), self._encode(f"\n{asked}" if context else asked)
+        content = f"{_CONTEXT}\n\n{item.question}" if context else f"{_CONTEXT}{item.question}"
+        rendered = self._tokenizer.apply_chat_template(
+            [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
+        )
+        before, after = str(rendered).split(_CONTEXT)
+        return self._encode(before), self._encode(after + item.opening)
+
+    def _encode(self, text: str) -> list[int]:
+        return list(self._tokenizer.encode(text, add_special_tokens=False, verbose=False))
+
+
+def weave(body: Sequence[int], places: Sequence[tuple[int, Sequence[int]]]) -> tuple[list[int], list[int]]:
+    """Inserts pieces into a body of tokens.
+
+    Args:
+      body: token ids.
+      places: (offset in the body, token ids) of each piece; of one offset the first comes first.
+
+    Returns:
+      The tokens, and where in them each piece ends, in the order of `places`.
+    """
+    tokens: list[int] = []
+    ends = [0] * len(places)
+    done = 0
+    for index in sorted(range(len(places)), key=lambda i: places[i][0]):
+        offset, piece = places[index]
+        tokens += [*body[done:offset], *piece]
+        done, ends[index] = offset, len(tokens)
+    return [*tokens, *body[done:]], ends
+
+
+def _find(anchor: str, texts: Sequence[str]) -> tuple[str, int, int] | None:
+    """(text, start, end) of a quotation whose white space may differ, a blank before it included."""
+    pattern = re.compile(r"\s?" + r"\s+".join(map(re.escape, anchor.split())))
+    for text in texts:
+        if found := pattern.search(text):
+            return text, found.start(), found.end()
+    return None

@@ -1,0 +1,446 @@
+"""Generated answers to what was said beyond the window, and to what is within it: converted models beside the original.
+
+Likelihood hides what a converted model loses (arXiv 2603.26556), since few tokens of a text need anything from afar.
+Here every variant writes its answer, greedily, to the same prompts (`allmem_jax.prompts`), and the answer is right or
+wrong. Prompts, lengths and distances are in tokens; an interval is of 95 %.
+"""
+
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import pathlib
+import re
+import shlex
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import tqdm
+
+from allmem_jax import config as config_lib
+from allmem_jax import evals, generation, model, sections
+from allmem_jax import prompts as prompts_lib
+from allmem_jax import text as text_lib
+
+NAME = "recall"
+PIECE = 128  # tokens of a prompt read at a time
+Z = 1.959964  # of an interval of 95 %
+# What `defaults` asks, and at how many windows.
+TASKS = ("needle", "needle_keys", "book_questions", "short_needle", "short_needle_keys", "short_book_questions",
+         "short_cloze", "closed_book_questions")  # fmt: skip
+WINDOWS = (4, 8)
+FORMAT = 1  # raised when what a part holds, or how an answer is scored, changes
+
+Result = dict[str, Any]  # {"task", "length", "variant", "examples": [{"index", "prompt_tokens", ...}]}
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What is asked, and how often.
+
+    Attributes:
+      tasks: of `prompts.TASKS`.
+      lengths: tokens of prompt and answer of the long tasks.
+      samples: examples of a task at a length; there are no more about books than questions.
+      chat: ask through the chat template.
+      seed: of the examples.
+      batch: prompts run together; it changes no answer.
+    """
+
+    tasks: tuple[str, ...]
+    lengths: tuple[int, ...]
+    samples: int = 32
+    chat: bool = False
+    seed: int = 0
+    batch: int = 8
+
+    def __post_init__(self):
+        for name in ("tasks", "lengths"):
+            values = getattr(self, name)
+            if not values or len(set(values)) < len(values):
+                raise ValueError(f"{name}={values} must be one or more, each once")
+        for name in ("samples", "batch"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+
+
+def defaults(config: config_lib.ModelConfig, questions: bool) -> Settings:
+    """Tasks that a model of 135 million parameters can do, at several windows.
+
+    Args:
+      config: of the converted model.
+      questions: whether there are questions about books.
+    """
+    tasks = TASKS if questions else tuple(task for task in TASKS if task not in prompts_lib.ABOUT_BOOKS)
+    lengths = tuple(windows * config.window for windows in WINDOWS)
+    return Settings(tasks, lengths)
+
+
+def variants(config: config_lib.ModelConfig, params: model.Params) -> tuple[model.Params, list[evals.Variant]]:
+    """The backbone, and what is asked: the original and the standard variants of a model."""
+    backbone, memory = model.split_params(params)
+    original = evals.Variant(evals.ORIGINAL, config.replace(mixer="full"))
+    remembers = config.mixer in config_lib.MEMORY_MIXERS
+    return backbone, [original, *evals.standard_variants(config, memory if remembers else None)]
+
+
+def command(
+    path: pathlib.Path,
+    texts: Sequence[pathlib.Path],
+    questions: pathlib.Path | None,
+    settings: Settings,
+    config: config_lib.ModelConfig,
+) -> str:
+    """What a user types to get a section again; dtype aside, whatever the defaults become."""
+    words = ["allmem", "recall", path, *texts, *(["--questions", questions] if questions else [])]
+    words += ["--tasks", *settings.tasks, "--lengths", *settings.lengths, "--samples", settings.samples]
+    words += ["--window", config.window, "--sinks", config.sinks, "--chunk", config.chunk]
+    words += ["--seed", settings.seed, *(["--chat"] if settings.chat else [])]
+    return shlex.join(map(str, words))
+
+
+def normalise(text: str) -> str:
+    """Lower case, words and numbers alone, one blank between them; 10,000 is 10000."""
+    return " ".join(re.findall(r"[^\W_]+", re.sub(r"(?<=\d),(?=\d{3})", "", text.casefold())))
+
+
+def named(output: str, candidates: Sequence[str]) -> list[str]:
+    """The candidates that stand in an output as whole words, in the order in which they first do."""
+    haystack = f" {normalise(output)} "
+    found = [(haystack.find(f" {normalise(candidate)} "), candidate) for candidate in candidates]
+    return [candidate for place, candidate in sorted(found, key=lambda pair: pair[0]) if place >= 0]
+
+
+def correct(item: prompts_lib.Item, output: str) -> bool:
+    """Whether an output is right: the first thing it names is an answer, or it names all of them and no foil."""
+    given = named(output, [*item.answers, *item.foils])
+    if item.every:
+        return set(given) == set(item.answers)
+    return given[:1] != [] and given[0] in item.answers
+
+
+def reply(task: str, output: str, chat: bool) -> str:
+    """The part of a generated text that is the answer: the word of a cloze; of a plain text, the first line."""
+    output = output.strip()
+    if task == "short_cloze":
+        return output.split()[0] if output else ""
+    return output if chat else output.split("\n")[0]
+
+
+def wilson(right: int, total: int) -> tuple[float, float]:
+    """Wilson's score interval of a share."""
+    share, spread = right / total, Z * Z / total
+    middle = (share + spread / 2) / (1 + spread)
+    half = Z * math.sqrt(share * (1 - share) / total + spread / (4 * total)) / (1 + spread)
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def paired_difference(ours: Sequence[bool], theirs: Sequence[bool]) -> tuple[float, float, float]:
+    """The difference of two shares on the same examples, and its interval (Agresti and Min, 2005: two pairs added)."""
+    if len(ours) != len(theirs) or not ours:
+        raise ValueError(f"pairs need as many of one as of the other, and one at least: {len(ours)} and {len(theirs)}")
+    gained = sum(a and not b for a, b in zip(ours, theirs, strict=True))
+    lost = sum(b and not a for a, b in zip(ours, theirs, strict=True))
+    total = len(ours) + 2
+    middle = (gained - lost) / total
+    half = Z * math.sqrt(gained + lost + 1 - (gained - lost) ** 2 / total) / total
+    return (gained - lost) / len(ours), max(-1.0, middle - half), min(1.0, middle + half)
+
+
+def fingerprint(path: pathlib.Path) -> str:
+    """A short name for a model on disk: paths, sizes and times of its files."""
+    path = path.expanduser().resolve()
+    files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
+    found = [(str(file), (stat := file.stat()).st_size, stat.st_mtime_ns) for file in files]
+    return hashlib.sha256(json.dumps(found).encode()).hexdigest()[:16]
+
+
+def measure(
+    settings: Settings,
+    backbone: model.Params,
+    tokenizer: Any,
+    texts: Mapping[str, str],
+    variants: Sequence[evals.Variant],
+    *,
+    questions: Sequence[prompts_lib.Question] = (),
+    parts: pathlib.Path | None = None,
+    source: str = "",
+) -> list[Result]:
+    """Every variant's answers to the same examples.
+
+    Args:
+      settings: what is asked.
+      backbone: the parameters that all variants share.
+      tokenizer: of the model.
+      texts: name -> text to hide things in.
+      variants: one of them the original, with mixer "full"; window and sinks of the last decide what is far.
+      questions: about the texts, for the tasks about books.
+      parts: folder in which each task's answers are kept and found again; None keeps none.
+      source: what tells these parameters from others (`fingerprint`); part of what a kept answer is known by.
+
+    Returns:
+      A result for each task, length and variant; the tasks that know one length have one.
+
+    Raises:
+      ValueError: before anything has run, that a task does not fit its length or lacks what it needs.
+    """
+    config = variants[-1].config
+    asked = _examples(settings, tokenizer, texts, questions, config)
+    content = repr((sorted(texts.items()), list(questions), config.window, config.sinks, settings.chat, settings.seed))
+    identity = {"format": FORMAT, "source": source, "content": hashlib.sha256(content.encode()).hexdigest()}
+    results = []
+    total = len(variants) * sum(map(len, asked.values()))
+    with tqdm.tqdm(total=total, desc="asking", unit="prompt", leave=False, disable=not sys.stderr.isatty()) as bar:
+        for (task, length), examples in asked.items():
+            for variant in variants:
+                head = {"task": task, "length": length, "variant": variant.name}
+                path = _part(parts, identity | head | {"config": variant.config.to_json(), "samples": len(examples)})
+                if path is not None and path.exists():
+                    bar.update(len(examples))
+                    results.append(json.loads(path.read_text()))
+                    continue
+                answered = _ask(settings, backbone, tokenizer, variant, task, length, examples, bar.update)
+                results.append(head | {"examples": answered})
+                if path is not None:
+                    _write(path, results[-1])
+    return results
+
+
+def _examples(
+    settings: Settings,
+    tokenizer: Any,
+    texts: Mapping[str, str],
+    questions: Sequence[prompts_lib.Question],
+    config: config_lib.ModelConfig,
+) -> dict[tuple[str, int], list[prompts_lib.Example]]:
+    """(task, length) -> examples; a task that knows one length is there once."""
+    maker = prompts_lib.Prompts(
+        tokenizer, texts, window=config.window, sinks=config.sinks, chat=settings.chat, seed=settings.seed,
+        questions=questions,
+    )  # fmt: skip
+    asked = {}
+    for task in settings.tasks:
+        for length in dict.fromkeys(maker.length(task, length) for length in settings.lengths):
+            count = max(1, maker.count(task, settings.samples))  # where there is none, the first one says why
+            asked[task, length] = [maker.make(task, length, index) for index in range(count)]
+    return asked
+
+
+def _ask(
+    settings: Settings,
+    backbone: model.Params,
+    tokenizer: Any,
+    variant: evals.Variant,
+    task: str,
+    length: int,
+    examples: Sequence[prompts_lib.Example],
+    progress: Callable[[int], Any],
+) -> list[dict[str, Any]]:
+    """One variant's answers to a task's examples, each judged.
+
+    Batches have one shape, and the original's cache one size a length, so that a mixer compiles once, and the original
+    once a length.
+    """
+    config, room = variant.config, prompts_lib.room(task)
+    if config.mixer == "full":
+        longest = max(len(example.prompt) for example in examples) + room
+        config = generation.full_as_windowed(config, max(length, longest))
+    params = model.merge_params(backbone, variant.memory) if variant.memory else backbone
+    chat, stops = settings.chat and task != "short_cloze", text_lib.stop_tokens(tokenizer)
+    answered = []
+    for start in range(0, len(examples), settings.batch):
+        part = examples[start : start + settings.batch]
+        rows = [example.prompt for example in part]
+        rows += [rows[-1]] * (settings.batch - len(rows))
+        written = generation.generate(params, config, rows, max_tokens=room, stop_tokens=stops, piece=PIECE)
+        for index, (example, ids) in enumerate(zip(part, written, strict=False), start):
+            output = reply(task, tokenizer.decode(ids, skip_special_tokens=True), chat)
+            answered.append({
+                "index": index,
+                "prompt_tokens": len(example.prompt),
+                "depth": example.depth,
+                "distance": example.distance,
+                "question": example.item.question,
+                "answers": list(example.item.answers),
+                "output": output,
+                "correct": correct(example.item, output),
+            })  # fmt: skip
+        progress(len(part))
+    return answered
+
+
+def _part(folder: pathlib.Path | None, identity: dict[str, Any]) -> pathlib.Path | None:
+    """Where the answers that are known by `identity` are kept."""
+    if folder is None:
+        return None
+    key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
+    name = re.sub(r"\W+", "-", f"{identity['task']} {identity['length']} {identity['variant']}")
+    return folder / f"{name}-{key}.json"
+
+
+def _write(path: pathlib.Path, value: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(json.dumps(value, indent=1))
+    os.replace(partial, path)
+
+
+def section(
+    settings: Settings,
+    backbone: model.Params,
+    tokenizer: Any,
+    texts: Mapping[str, str],
+    variants: Sequence[evals.Variant],
+    *,
+    questions: Sequence[prompts_lib.Question] = (),
+    parts: pathlib.Path | None = None,
+    source: str = "",
+    command: str = "",
+) -> sections.Section:
+    """`measure`, told and tabled. `command` is what a user types to get it again; for the rest see there."""
+    results = measure(settings, backbone, tokenizer, texts, variants, questions=questions, parts=parts, source=source)
+    return describe(results, variants[-1].config, settings, command)
+
+
+def describe(
+    results: Sequence[Result], config: config_lib.ModelConfig, settings: Settings, command: str = ""
+) -> sections.Section:
+    """The section that shows results.
+
+    Args:
+      results: from `measure`.
+      config: of the converted model.
+      settings: that they were measured with.
+      command: what a user types to get them again.
+    """
+    setting = (
+        f"Window {config.window}, sinks {config.sinks}, chunk {config.chunk} tokens. All that an answer needs ends "
+        f"{config.window} tokens or more before the question and is not among the sinks, except where a task's name "
+        "begins with short_: there the whole prompt lies within the window. A distance is that from the first evidence "
+        f"to the question. Answers are written greedily, to the same prompts by every variant, asked "
+        f"{'through the chat template' if settings.chat else 'in plain text'}. In brackets: 95 % intervals."
+    )
+    tables = [_accuracy(results), _by_distance(results, config.window), _against_original(results)]
+    plots = [plot for task in prompts_lib.LONG if (plot := _plot(results, task, config.window))]
+    asked = {name: list(x) if isinstance(x, tuple) else x for name, x in dataclasses.asdict(settings).items()}
+    data = {"settings": asked, "window": config.window, "results": list(results)}
+    return sections.Section(
+        NAME, "Answers to questions about what was read", command, (*finding(results), setting),
+        tuple(table for table in tables if table.rows), tuple(plots), data,
+    )  # fmt: skip
+
+
+def finding(results: Sequence[Result]) -> list[str]:
+    """Sentences on what was found: beyond the window whether writing helps, and within it what is lost."""
+    sentences = []
+    far, near = (_verdicts(results, names) for names in (prompts_lib.LONG, prompts_lib.SHORT))
+    if far:
+        shares = ", ".join(f"{name} {share(marks)}" for name, marks in far.items())
+        sentences.append(f"Of {_most(far)} answers that need what lies beyond the window, right are: {shares}.")
+    if {evals.CONVERTED, evals.WRITE_OFF} <= far.keys():
+        middle, low, high = paired_difference(far[evals.CONVERTED], far[evals.WRITE_OFF])
+        told = "cannot be told apart" if low <= 0 <= high else ("helps" if middle > 0 else "harms")
+        what = "The memory and its writing-off control" if low <= 0 <= high else "Writing"
+        sentences.append(f"{what} {told}: a difference of {points(middle, low, high)} points on the same prompts.")
+    if near:
+        shares = ", ".join(f"{name} {share(marks)}" for name, marks in near.items())
+        sentences.append(f"Of {_most(near)} answers to prompts within the window, right are: {shares}.")
+    return sentences
+
+
+def _most(marks: Mapping[str, Sequence[bool]]) -> int:
+    return max(map(len, marks.values()))
+
+
+def share(marks: Sequence[bool]) -> str:
+    """A share of right answers with its interval, e.g. "0.97 [0.84, 0.99]"; a dash for no answers."""
+    if not marks:
+        return "-"
+    low, high = wilson(sum(marks), len(marks))
+    return f"{sum(marks) / len(marks):.2f} [{low:.2f}, {high:.2f}]"
+
+
+def points(middle: float, low: float, high: float) -> str:
+    """A difference of shares in percentage points, e.g. "+3.1 [-2.0, +8.4]"."""
+    return f"{100 * middle:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
+
+
+def _verdicts(
+    results: Sequence[Result], tasks: Sequence[str], keep: Callable[[dict[str, Any]], bool] = lambda example: True
+) -> dict[str, list[bool]]:
+    """Variant -> whether each answer is right, over the examples of some tasks that are to be kept."""
+    marks: dict[str, list[bool]] = {}
+    for result in results:
+        if result["task"] in tasks:
+            kept = [example["correct"] for example in result["examples"] if keep(example)]
+            marks.setdefault(result["variant"], []).extend(kept)
+    return marks
+
+
+def _variants(results: Sequence[Result]) -> list[str]:
+    return list(dict.fromkeys(result["variant"] for result in results))
+
+
+def _accuracy(results: Sequence[Result]) -> sections.Table:
+    """A row for each task and length, with the tokens that its prompts really have."""
+    rows = []
+    for task, length in dict.fromkeys((result["task"], result["length"]) for result in results):
+        chosen = [result for result in results if (result["task"], result["length"]) == (task, length)]
+        tokens = [example["prompt_tokens"] for example in chosen[0]["examples"]]
+        marks = _verdicts(chosen, [task])
+        actual = f"{min(tokens)}" if min(tokens) == max(tokens) else f"{min(tokens)} to {max(tokens)}"
+        rows.append((task, actual, str(len(tokens)), *(share(marks[name]) for name in marks)))
+    return sections.Table("Share of right answers", ("task", "prompt tokens", "n", *_variants(results)), tuple(rows))
+
+
+def _spans(results: Sequence[Result], task: str, window: int) -> list[tuple[int, int]]:
+    """The doublings of the window that distances of a task fall into."""
+    found = {
+        int(math.log2(max(1.0, example["distance"] / window)))
+        for result in results if result["task"] == task
+        for example in result["examples"] if example["distance"] is not None
+    }  # fmt: skip
+    return [(window << power, window << power + 1) for power in sorted(found)]
+
+
+def _between(low: int, high: int) -> Callable[[dict[str, Any]], bool]:
+    return lambda example: low <= example["distance"] < high
+
+
+def _by_distance(results: Sequence[Result], window: int) -> sections.Table:
+    """A row for each long task and doubling of the distance, over all lengths."""
+    rows = []
+    for task in prompts_lib.LONG:
+        for low, high in _spans(results, task, window):
+            marks = _verdicts(results, [task], _between(low, high))
+            rows.append((task, f"{low} to {high}", str(_most(marks)), *(share(marks[name]) for name in marks)))
+    header = ("task", "distance", "n", *_variants(results))
+    return sections.Table("Share of right answers by the distance of what is asked for", header, tuple(rows))
+
+
+def _against_original(results: Sequence[Result]) -> sections.Table:
+    """A row for each task, over all lengths: the paired difference of every other variant from the original."""
+    names = [name for name in _variants(results) if name != evals.ORIGINAL]
+    rows = []
+    for task in dict.fromkeys(result["task"] for result in results):
+        marks = _verdicts(results, [task])
+        if evals.ORIGINAL in marks:
+            pairs = [paired_difference(marks[name], marks[evals.ORIGINAL]) for name in names]
+            rows.append((task, *(points(*pair) for pair in pairs)))
+    caption = "Difference from the original on the same prompts (percentage points)"
+    return sections.Table(caption, ("task", *names), tuple(rows) if names else ())
+
+
+def _plot(results: Sequence[Result], task: str, window: int) -> sections.Plot | None:
+    """Accuracy over the distance, a line a variant; None for a task that was not asked."""
+    spans = _spans(results, task, window)
+    lines = {}
+    for name in _variants(results) if spans else ():
+        marks = [_verdicts(results, [task], _between(*span))[name] for span in spans]
+        middles = tuple(math.sqrt(low * high) for low, high in spans)
+        lines[name] = (middles, tuple(sum(part) / len(part) for part in marks))
+    if not lines:
+        return None
+    return sections.Plot(task, "distance (tokens)", "share of right answers", lines, log_x=True, mark_x=float(window))

