@@ -129,7 +129,8 @@ def finding(evaluation: dict[str, Any], memory: str | None, control: str | None)
     if memory and control:
         return verdict(evaluation, memory, control)
     alone = [rows[evals.SWA]["kl_beyond"] for rows in evaluation["texts"].values()]
-    return f"Beyond the window, attention to window and sinks alone is {np.mean(alone):.3f} nats from the original."
+    share = f"{np.mean(alone):.3f} nats per token from the original"
+    return f"Beyond the window, attention to window and sinks alone is {share}."
 
 
 def verdict(evaluation: dict[str, Any], memory: str, control: str) -> str:

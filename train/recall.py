@@ -87,12 +87,12 @@ class RecallConfig:
     keys: int = 16
     values: int = 16
     digits: int = 1
-    gap: tuple[int, int] = (24, 24)
+    gap: tuple[int, int] = (16, 16)
     eval_gaps: tuple[int, ...] = (1, 2, 4, 16)
     offset: int | Literal["random"] = "random"
     steps: int = 650
     target: float = 0.97
-    batch: int = 64
+    batch: int = 32
     eval_batches: int = 8
     learning_rate: float = 3e-3
     warmup: int = 50

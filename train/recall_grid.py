@@ -52,7 +52,7 @@ EQUAL_STATE: dict[str, tuple[recall.Variant, dict[str, Any]]] = {  # as many byt
     "delta_state": ("delta", {"d_mem": 66}),
 }
 ENTRANTS = EQUAL_PARAMETERS | EQUAL_STATE
-SMALL: dict[str, Any] = dict(gap=(16, 16), eval_gaps=(1, 4, 16), batch=32)
+SMALL: dict[str, Any] = dict(eval_gaps=(1, 4, 16))
 SETTINGS = {
     "mqar": Setting(
         "Key-value pairs",
