@@ -31,7 +31,7 @@ Z = 1.959964  # of an interval of 95 %
 TASKS = ("needle", "needle_keys", "book_questions", "short_needle", "short_needle_keys", "short_book_questions",
          "short_cloze", "closed_book_questions")  # fmt: skip
 WINDOWS = (4, 8)
-FORMAT = 1  # raised when what a part holds, or how an answer is scored, changes
+FORMAT = 2  # raised when what a part holds, or how an answer is scored, changes
 
 Result = dict[str, Any]  # {"task", "length", "variant", "examples": [{"index", "prompt_tokens", ...}]}
 
@@ -188,15 +188,15 @@ def measure(
     """
     config = variants[-1].config
     asked = _examples(settings, tokenizer, texts, questions, config)
-    content = repr((sorted(texts.items()), list(questions), config.window, config.sinks, settings.chat, settings.seed))
-    identity = {"format": FORMAT, "source": source, "content": hashlib.sha256(content.encode()).hexdigest()}
     results = []
     total = len(variants) * sum(map(len, asked.values()))
     with tqdm.tqdm(total=total, desc="asking", unit="prompt", leave=False, disable=not sys.stderr.isatty()) as bar:
         for (task, length), examples in asked.items():
+            content = hashlib.sha256(repr(examples).encode()).hexdigest()
+            identity = {"format": FORMAT, "source": source, "examples": content, "chat": settings.chat}
             for variant in variants:
                 head = {"task": task, "length": length, "variant": variant.name}
-                path = _part(parts, identity | head | {"config": variant.config.to_json(), "samples": len(examples)})
+                path = _part(parts, identity | head | {"config": variant.config.to_json()})
                 if path is not None and path.exists():
                     bar.update(len(examples))
                     results.append(json.loads(path.read_text()))

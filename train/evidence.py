@@ -1,6 +1,6 @@
 """Does the memory remember? Every mixer distilled with several seeds, each beside its control with writing off.
 
-    python -m train.evidence                                          # SmolLM2-135M on a 2-core CPU, about an hour
+    python -m train.evidence                                          # SmolLM2-135M, small enough for a CPU
     python -m train.evidence configs/smollm2_3m.py --length 4096      # the same question to 3 million tokens, on a GPU
 
 The control is the same module with the same start, steps, learning rate and rows, whose writing is switched off: what
