@@ -237,5 +237,9 @@ def generate(
 
 def full_as_windowed(config: config_lib.ModelConfig, length: int) -> config_lib.ModelConfig:
     """The original model as a windowed one that forgets nothing within `length` tokens (rounded up to a bucket)."""
-    window = max(256, 1 << (length - 1).bit_length())
-    return config.replace(mixer="swa", window=window, sinks=0)
+    return config.replace(mixer="swa", window=bucket(length, 256), sinks=0)
+
+
+def bucket(length: int, at_least: int) -> int:
+    """The smallest power of two that holds `length` tokens, and no less than `at_least`: few shapes to compile."""
+    return max(at_least, 1 << (length - 1).bit_length())

@@ -54,7 +54,7 @@ def score(
     hidden: Any = model.AllMemLM(config).apply({"params": params}, tokens, return_hidden=True)  # [B, L, d]
     head = model.head_kernel(params, config)
     batch, length = tokens.shape
-    size = min(length, bucket(max(1, 512 // batch), at_least=1))
+    size = min(length, generation.bucket(max(1, 512 // batch), at_least=1))
 
     def block(part: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         states, wanted = part  # [B, size, d], [B, size]
@@ -65,11 +65,6 @@ def score(
     parts = [jnp.moveaxis(x.reshape(batch, -1, size, *x.shape[2:]), 1, 0) for x in (hidden, targets)]
     log_probs, likeliest = (jnp.moveaxis(x, 0, 1).reshape(batch, length) for x in jax.lax.map(block, tuple(parts)))
     return log_probs, likeliest
-
-
-def bucket(length: int, at_least: int = SHORTEST) -> int:
-    """The smallest power of two that holds `length` tokens."""
-    return max(at_least, 1 << (length - 1).bit_length())
 
 
 @register_model("allmem")
@@ -201,7 +196,7 @@ class AllMemHarness(TemplateLM):
 
     def _score(self, rows: list[list[int]]) -> list[tuple[np.ndarray, np.ndarray]]:
         """What `score` says of all tokens of each row but the first."""
-        shape = self.batch_size, bucket(max(map(len, rows)) - 1)
+        shape = self.batch_size, generation.bucket(max(map(len, rows)) - 1, SHORTEST)
         tokens, targets = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
         for index, row in enumerate(rows):
             tokens[index, : len(row) - 1], targets[index, : len(row) - 1] = row[:-1], row[1:]

@@ -165,6 +165,16 @@ def convolved(
     return out, functional.conv_tail(jnp.concatenate(raw, axis=-1), state.conv, shared.lengths)
 
 
+def projected(module: Any, out: jax.Array) -> jax.Array:
+    """What a memory read, [B, L, N D], as its part of the layer's sum, [B, L, d]: projected and scaled by alpha.
+
+    To be called in the module that owns the parameters out_proj and alpha.
+    """
+    c = module.config
+    out = Linear(c.d_model, name="out_proj")(out)
+    return out * module.param("alpha", nn.initializers.constant(c.alpha_init), (c.d_model,)).astype(out.dtype)
+
+
 def real_tokens(x: jax.Array, shared: Shared) -> jax.Array | None:
     """bool [B, L], which of the tokens of x [B, L, d] are not padding; None where no one counts (no state)."""
     return None if shared.lengths is None else jnp.arange(x.shape[1]) < shared.lengths[:, None]
@@ -205,10 +215,7 @@ class Memory(nn.Module):
         small = nn.initializers.variance_scaling(0.01, "fan_in", "normal")
         gate = nn.sigmoid(Linear(c.memory_heads, kernel_init=small, name="gate_proj")(x).astype(jnp.float32))
         out = (out * gate[..., None]).astype(x.dtype).reshape(*x.shape[:2], -1)
-        out = Linear(c.d_model, name="out_proj")(out)
-        alpha = self.param("alpha", nn.initializers.constant(c.alpha_init), (c.d_model,))
-        out = out * alpha.astype(x.dtype)
-        return out, None if tail is None else (tail, after)
+        return projected(self, out), None if tail is None else (tail, after)
 
     def _rates(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Learning rates float32 [B, L, N, 3] (gate, up, down) and momentum float32 [B, L, N]."""
@@ -285,9 +292,7 @@ class Mamba2(nn.Module):
         skip = self.param("D", nn.initializers.ones, (c.memory_heads,))
         out = (out + skip[:, None] * value).astype(x.dtype).reshape(*x.shape[:2], width)
         out = RMSNorm(c.norm_eps, name="out_norm")(out * nn.silu(Linear(width, name="z_proj")(x)))
-        out = Linear(c.d_model, name="out_proj")(out)
-        out = out * self.param("alpha", nn.initializers.constant(c.alpha_init), (c.d_model,)).astype(x.dtype)
-        return out, None if tail is None else (tail, after)
+        return projected(self, out), None if tail is None else (tail, after)
 
 
 class GatedDelta(nn.Module):
@@ -318,9 +323,7 @@ class GatedDelta(nn.Module):
         _report_linear(self, beta, log_decay, after)
         out = RMSNorm(c.norm_eps, name="out_norm")(out).reshape(*x.shape[:2], width)
         out = out * nn.silu(Linear(width, name="z_proj")(x))
-        out = Linear(c.d_model, name="out_proj")(out)
-        out = out * self.param("alpha", nn.initializers.constant(c.alpha_init), (c.d_model,)).astype(x.dtype)
-        return out, None if tail is None else (tail, after)
+        return projected(self, out), None if tail is None else (tail, after)
 
 
 def _report_linear(module: nn.Module, rate: jax.Array, log_decay: jax.Array, after: jax.Array) -> None:

@@ -15,6 +15,7 @@ import textwrap
 from collections.abc import Sequence
 from typing import Any
 
+from allmem_jax import files
 from allmem_jax import sections as sections_lib
 
 STYLE = """
@@ -76,12 +77,11 @@ def write(folder: str | os.PathLike[str], report: Report) -> pathlib.Path:
     """
     check_names([section.name for section in report.sections])
     folder = pathlib.Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     pictures = {section.name: draw(section) for section in report.sections if section.plots}
     for name, picture in pictures.items():
-        _write_bytes(folder / f"{name}.png", picture)
-    _write_bytes(folder / "report.json", json.dumps(dataclasses.asdict(report), indent=1).encode())
-    _write_bytes(folder / "index.html", page(report, pictures).encode())
+        files.write(folder / f"{name}.png", picture)
+    files.write(folder / "report.json", json.dumps(dataclasses.asdict(report), indent=1))
+    files.write(folder / "index.html", page(report, pictures))
     return folder / "index.html"
 
 
@@ -92,12 +92,6 @@ def check_names(names: Sequence[str]) -> None:
             raise ValueError(f"a section is named {name!r}: use letters, digits, - _ and ., as it names a file")
         if names.count(name) > 1:
             raise ValueError(f"two sections are named {name!r}: leave one out, or rename it")
-
-
-def _write_bytes(path: pathlib.Path, content: bytes) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_bytes(content)
-    os.replace(partial, path)
 
 
 def draw(section: sections_lib.Section) -> bytes:

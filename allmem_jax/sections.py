@@ -10,6 +10,8 @@ import os
 import pathlib
 from typing import Any
 
+from allmem_jax import files
+
 
 @dataclasses.dataclass(frozen=True)
 class Table:
@@ -64,11 +66,7 @@ class Section:
 
 def save(path: str | os.PathLike[str], section: Section) -> None:
     """Writes a section as JSON, whole or not at all."""
-    target = pathlib.Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f".{target.name}.partial")
-    partial.write_text(json.dumps(dataclasses.asdict(section), indent=1))
-    os.replace(partial, target)
+    files.write(path, json.dumps(dataclasses.asdict(section), indent=1))
 
 
 def load(path: str | os.PathLike[str]) -> Section:

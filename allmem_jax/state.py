@@ -9,7 +9,6 @@ It is a pytree of arrays, an argument and a result of every call, so it can be s
 
 import dataclasses
 import os
-import pathlib
 from typing import NamedTuple
 
 import jax
@@ -20,6 +19,7 @@ import safetensors.flax
 
 import pallas_kernels
 from allmem_jax import config as config_lib
+from allmem_jax import files
 
 
 class DecodeState(NamedTuple):
@@ -84,10 +84,7 @@ def save_state(path: str | os.PathLike[str], config: config_lib.ModelConfig, sta
       state: any number of rows.
     """
     content = safetensors.flax.save(_named(state), metadata={"config": config.to_json()})
-    target = pathlib.Path(path)
-    partial = target.with_name(f".{target.name}.partial")
-    partial.write_bytes(content)
-    os.replace(partial, target)
+    files.write(path, content)
 
 
 def load_state(path: str | os.PathLike[str], config: config_lib.ModelConfig) -> DecodeState:

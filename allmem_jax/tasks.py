@@ -9,7 +9,6 @@ import dataclasses
 import hashlib
 import json
 import math
-import os
 import pathlib
 import re
 import shlex
@@ -20,7 +19,7 @@ from typing import Any
 import tqdm
 
 from allmem_jax import config as config_lib
-from allmem_jax import evals, generation, model, sections
+from allmem_jax import evals, files, generation, model, sections
 from allmem_jax import prompts as prompts_lib
 from allmem_jax import text as text_lib
 
@@ -204,7 +203,7 @@ def measure(
                 answered = _ask(settings, backbone, tokenizer, variant, task, length, examples, bar.update)
                 results.append(head | {"examples": answered})
                 if path is not None:
-                    _write(path, results[-1])
+                    files.write(path, json.dumps(results[-1], indent=1))
     return results
 
 
@@ -278,13 +277,6 @@ def _part(folder: pathlib.Path | None, identity: dict[str, Any]) -> pathlib.Path
     key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
     name = re.sub(r"\W+", "-", f"{identity['task']} {identity['length']} {identity['variant']}")
     return folder / f"{name}-{key}.json"
-
-
-def _write(path: pathlib.Path, value: Any) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(value, indent=1))
-    os.replace(partial, path)
 
 
 def section(

@@ -26,7 +26,7 @@ import safetensors.numpy
 import tyro
 
 from allmem_jax import config as config_lib
-from allmem_jax import convert, model, sharding
+from allmem_jax import convert, files, model, sharding
 from train import checkpoint, data, metrics, steps, tiny
 from train.recipe import FinetuneConfig
 
@@ -111,7 +111,7 @@ def _train(
         print(f"{out}: going on after step {done} of {config.steps}", file=sys.stderr)
     if done >= config.steps:
         return state.memory
-    _write(out / "recipe.json", json.dumps(dataclasses.asdict(config), indent=2).encode())
+    files.write(out / "recipe.json", json.dumps(dataclasses.asdict(config), indent=2))
     teacher = jax.jit(functools.partial(steps.teacher_hidden, config=pretrained.config))
     student = _student_steps(config, pretrained.config, optimizer, sharding.tree_shardings(state, mesh))
     key = jax.random.key(config.seed)
@@ -207,20 +207,13 @@ def _stop_signals() -> Iterator[Callable[[], int]]:
             signal.signal(kind, before[kind])
 
 
-def _write(file: Path, content: bytes) -> None:
-    """Writes a file whole or not at all."""
-    partial = file.with_name(f".{file.name}.partial")
-    partial.write_bytes(content)
-    os.replace(partial, file)
-
-
 def _export(config: FinetuneConfig, pretrained: Pretrained, memory: model.Params) -> None:
     """The memory's weights and the config into the output folder, and the whole model below it."""
     out = Path(config.out)
     leaves = jax.tree_util.tree_leaves_with_path(memory)
     flat = {sharding.path_string(path): np.asarray(leaf, np.float32) for path, leaf in leaves}
-    _write(out / convert.ALLMEM_WEIGHTS, safetensors.numpy.save(flat))
-    _write(out / convert.ALLMEM_CONFIG, pretrained.config.to_json().encode())
+    files.write(out / convert.ALLMEM_WEIGHTS, safetensors.numpy.save(flat))
+    files.write(out / convert.ALLMEM_CONFIG, pretrained.config.to_json())
     if config.export and config.model != "tiny":
         params = model.merge_params(pretrained.backbone, memory)
         convert.save_pretrained(out / "model", pretrained.config, params, pretrained.tokenizer, overwrite=True)

@@ -2,13 +2,14 @@
 
 import json
 import math
-import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import tqdm
+
+from allmem_jax import files
 
 
 class MetricsLog:
@@ -21,9 +22,7 @@ class MetricsLog:
 
     def __init__(self, file: Path, start: int):
         lines = [line for line in read_metrics(file) if line["step"] <= start] if file.exists() else []
-        partial = file.with_suffix(".partial")
-        partial.write_text("".join(json.dumps(line) + "\n" for line in lines))
-        os.replace(partial, file)
+        files.write(file, "".join(json.dumps(line) + "\n" for line in lines))
         self._file = file.open("a", encoding="utf-8")
 
     def __enter__(self) -> "MetricsLog":

@@ -9,7 +9,6 @@ Commands on the same OUT share the work: what has a result is read. OUT/section.
 
 import dataclasses
 import json
-import os
 import pathlib
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -18,7 +17,7 @@ import numpy as np
 import tqdm
 import tyro
 
-from allmem_jax import sections
+from allmem_jax import files, sections
 from train import recall
 
 Row = dict[str, Any]
@@ -106,10 +105,7 @@ def result(config: recall.RecallConfig, path: pathlib.Path) -> Row:
             raise ValueError(f"{path} is the result of other settings; delete it, or choose another --out")
         return row
     row = {"config": settings, **recall.train(config, config.variants[0])}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    partial.write_text(json.dumps(row))
-    os.replace(partial, path)
+    files.write(path, json.dumps(row))
     return json.loads(json.dumps(row))
 
 

@@ -1,11 +1,12 @@
 """Long commands as stages, each of whose results is kept and found again."""
 
 import json
-import os
 import pathlib
 import time
 from collections.abc import Callable
 from typing import Any
+
+from allmem_jax import files
 
 
 def stage(path: pathlib.Path, what: str, work: Callable[[], Any]) -> Any:
@@ -16,10 +17,7 @@ def stage(path: pathlib.Path, what: str, work: Callable[[], Any]) -> Any:
     say(what)
     began = time.monotonic()
     value = work()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(value))
-    os.replace(partial, path)
+    files.write(path, json.dumps(value))
     say(f"  took {time.monotonic() - began:.0f} s")
     return value
 
