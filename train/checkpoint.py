@@ -27,8 +27,8 @@ class CheckpointMismatch(ValueError):
 class Checkpoints:
     """The checkpoints of one run, in one folder; a context manager.
 
-    Saving is atomic: a step exists completely or not at all, and what a killed process left half-written is removed
-    when the folder is opened again.
+    Saving is atomic: a step exists completely or not at all. What a killed process left half-written is never listed;
+    it is removed in the background when the folder is opened again, at the latest before the next save returns.
 
     Args:
       directory: created when missing.
