@@ -12,9 +12,11 @@ from train.recipe import FinetuneConfig
 
 
 def test_a_memory_works_beyond_the_spread_of_the_seeds():
-    assert evidence.works([0.30, 0.25], [0.24, 0.10])
-    assert not evidence.works([0.30, 0.23], [0.24, 0.10])
-    assert not evidence.works([0.1, 0.1], [0.1, 0.1])
+    control = {("allmem", False): [0.24, 0.10], ("delta", False): [0.0, 0.0]}
+    assert evidence.works("allmem", {("allmem", True): [0.30, 0.25], **control})
+    assert not evidence.works("allmem", {("allmem", True): [0.30, 0.23], **control})
+    assert not evidence.works("allmem", {("allmem", True): [0.24, 0.24], **control})
+    assert not evidence.works("delta", {("delta", True): [0.2, 0.1], **control})  # its own control is silent
 
 
 class Numbered:
