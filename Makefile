@@ -4,11 +4,12 @@
 PYTHON ?= python3
 VENV := .venv
 CORE_VENV := .venv-core-$(notdir $(PYTHON))
+AOT_VENV := .venv-aot
 RUN := $(VENV)/bin/python
 # A test file is one process's, as what its tests compile is shared; each process takes up to 3 GB.
 PYTEST := -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
-.PHONY: help demo evidence test test-core fetch format clean
+.PHONY: help demo evidence test test-core test-aot fetch format clean
 
 help:
 	@echo 'make demo       convert SmolLM2-135M to AllMem, distil it on real text, write a report (out/)'
@@ -16,6 +17,7 @@ help:
 	@echo 'make test       format, lint and type checks, and all tests'
 	@echo 'make test-core PYTHON=python3.12'
 	@echo '                kernels, model and generation on another Python, in an environment of its own'
+	@echo 'make test-aot   every kernel and a training step through the compilers of TPUs and of the H100, no device needed'
 	@echo 'make fetch      download the real model and texts, so that the tests that want them run'
 	@echo 'make format     format the code and fix what lint can fix'
 	@echo 'make clean      remove environments and caches; downloads (.cache/) and results (out/) stay'
@@ -36,6 +38,9 @@ test: $(VENV)/dev.stamp
 test-core: $(CORE_VENV)/core.stamp
 	$(CORE_VENV)/bin/python $(PYTEST) -m core
 
+test-aot: $(AOT_VENV)/aot.stamp
+	TRITON_INTERPRET=0 $(AOT_VENV)/bin/python $(PYTEST) --dist load tests/test_aot.py
+
 fetch: $(VENV)/demo.stamp
 	$(RUN) -m train.fetch
 
@@ -55,6 +60,15 @@ $(VENV)/dev.stamp: pyproject.toml
 
 $(CORE_VENV)/core.stamp: pyproject.toml
 	$(call install,$(CORE_VENV),test$(comma)train)
+
+# The GPU's compiler without its libraries, which are 4 GB: two plug-ins of jax's own version, ptxas, and Triton.
+$(AOT_VENV)/aot.stamp: pyproject.toml
+	$(call install,$(AOT_VENV),test$(comma)train$(comma)tpu)
+	version=$$($(AOT_VENV)/bin/python -c 'import importlib.metadata as m; print(m.version("jax"))') && \
+	$(AOT_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps \
+	  "jax-cuda13-plugin==$$version" "jax-cuda13-pjrt==$$version" 'nvidia-cuda-nvcc>=13.4,<14' 'triton>=3.5,<4' \
+	  "jax-triton$$($(AOT_VENV)/bin/python -c 'import sys; print(">=0.4.1,<0.5" if sys.version_info >= (3, 12) else ">=0.3.1,<0.4")')"
+	touch $@
 
 # $(call install,FOLDER,EXTRAS): an environment in FOLDER with this checkout and its EXTRAS; the target is its stamp.
 comma := ,

@@ -10,9 +10,11 @@ import math
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 import pallas_kernels
 from allmem_jax import config as config_lib
+from allmem_jax import sharding
 
 
 def rms_norm(x: jax.Array, scale: jax.Array, eps: float, offset: float = 0.0) -> jax.Array:
@@ -104,8 +106,23 @@ def attend(
     segment_ids: jax.Array | None,
     scale: float,
 ) -> jax.Array:
-    """Windowed attention with sinks over a whole row. q [B, L, Hq, D], k and v [B, L, Hkv, D] -> [B, L, Hq, D]."""
-    return pallas_kernels.swa_attention(q, k, v, window=window, sinks=sinks, segment_ids=segment_ids, scale=scale)
+    """Windowed attention with sinks over a whole row. q [B, L, Hq, D], k and v [B, L, Hkv, D] -> [B, L, Hq, D].
+
+    Under a mesh every device computes its own rows and heads; see `sharding.over_rows_and_heads`.
+    """
+
+    def kernel(q, k, v, segment_ids, *traced):
+        size = dict(zip(names, traced, strict=True))
+        return pallas_kernels.swa_attention(q, k, v, segment_ids=segment_ids, scale=scale, **(fixed | size))
+
+    sizes = {"window": window, "sinks": sinks}
+    fixed = {name: size for name, size in sizes.items() if isinstance(size, int)}
+    names = tuple(name for name in sizes if name not in fixed)
+    traced = tuple(jnp.asarray(sizes[name]) for name in names)
+    tokens = PartitionSpec("rows", None, "heads")
+    where = (tokens, tokens, tokens, PartitionSpec("rows"), *(PartitionSpec(),) * len(traced))
+    arguments = (q, k, v, segment_ids, *traced)
+    return sharding.over_rows_and_heads(kernel, arguments, where, tokens, q.shape[0], k.shape[2])
 
 
 def attend_cached(
@@ -228,8 +245,24 @@ def remember(
     valid: jax.Array | None,
     reset: jax.Array | None,
 ) -> tuple[jax.Array, pallas_kernels.MemoryState]:
-    """The memory's read-outs [B, L, N, D] and its state afterwards; see `pallas_kernels.ttt_memory`."""
-    return pallas_kernels.ttt_memory(q, k, v, lr, momentum, init, state, chunk_size=chunk, valid=valid, reset=reset)
+    """The memory's read-outs [B, L, N, D] and its state afterwards; see `pallas_kernels.ttt_memory`.
+
+    Under a mesh every device computes its own rows and heads; see `sharding.over_rows_and_heads`.
+    """
+
+    def kernel(q, k, v, lr, momentum, init, state, valid, reset):
+        return pallas_kernels.ttt_memory(q, k, v, lr, momentum, init, state, chunk_size=chunk, valid=valid, reset=reset)
+
+    tokens, rows, row_heads = (
+        PartitionSpec("rows", None, "heads"),
+        PartitionSpec("rows"),
+        PartitionSpec("rows", "heads"),
+    )
+    after = pallas_kernels.MemoryState._make((row_heads, row_heads, row_heads, row_heads, rows))
+    before = None if state is None else after
+    where = (tokens, tokens, tokens, tokens, tokens, PartitionSpec("heads"), before, rows, rows)
+    arguments = (q, k, v, lr, momentum, init, state, valid, reset)
+    return sharding.over_rows_and_heads(kernel, arguments, where, (tokens, after), q.shape[0], q.shape[2])
 
 
 def start_memory(

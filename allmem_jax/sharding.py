@@ -12,6 +12,7 @@ paths behind a prefix, so the same table places them.
 """
 
 import re
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -80,3 +81,46 @@ def batch_sharding(mesh: Mesh | AbstractMesh, *, tokens: bool = True) -> NamedSh
     """Rows over `data` and `fsdp`, tokens over `context` (arrays [B, L], or [B] with tokens=False)."""
     rows = ("data", "fsdp")
     return NamedSharding(mesh, PartitionSpec(rows, "context") if tokens else PartitionSpec(rows))
+
+
+def over_rows_and_heads(
+    function: Callable[..., Any], arguments: tuple[Any, ...], where: tuple[Any, ...], result: Any, rows: int, heads: int
+) -> Any:
+    """Calls a function whose rows and heads do not know of each other on every device's own rows and heads.
+
+    The compiler cannot split a kernel: left to it, a kernel fails on a TPU and gathers all its arguments on a GPU. So
+    where `jax.set_mesh` has named devices, the call is split here: rows over `data` and `fsdp`, heads over `tensor` and
+    `context`, as far as these divide them. Tokens that lie on several devices are exchanged for heads before the call.
+
+    Args:
+      function: of `arguments`.
+      arguments: pytrees of arrays, or None.
+      where: for each argument a PartitionSpec, or a pytree prefix of them, in which the names "rows" and "heads" stand
+        for the axes of the mesh.
+      result: the same for what the function returns.
+      rows, heads: the numbers to be divided; of several numbers of heads, one that divides all.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or not set(mesh.axis_names) <= set(AXES) or AxisType.Manual in mesh.axis_types:
+        return function(*arguments)
+    axes = {"rows": _dividing(mesh, ("data", "fsdp"), rows), "heads": _dividing(mesh, ("tensor", "context"), heads)}
+
+    def named(specs: Any) -> Any:
+        return jax.tree.map(
+            lambda spec: PartitionSpec(*(axes.get(name) for name in spec)),
+            specs,
+            is_leaf=lambda x: isinstance(x, PartitionSpec),
+        )
+
+    split = jax.shard_map(function, mesh=mesh, in_specs=named(where), out_specs=named(result), check_vma=False)
+    return split(*arguments)
+
+
+def _dividing(mesh: AbstractMesh, axes: tuple[str, ...], number: int) -> tuple[str, ...]:
+    """The axes of the mesh, from the first, whose sizes together divide `number`."""
+    taken: tuple[str, ...] = ()
+    for axis in axes:
+        size = mesh.shape.get(axis, 1)
+        if size > 1 and number % size == 0:
+            taken, number = (*taken, axis), number // size
+    return taken

@@ -1,25 +1,87 @@
 """Which implementation of a kernel runs."""
 
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
 BACKENDS = ("xla", "pallas", "triton", "reference")
 
 
-def choose(op: str, implementation: str | None) -> str:
-    """Returns the backend that serves `implementation`; None means the best one, which is "xla" for now.
+def check(op: str, implementation: str | None, reasons: dict[str, str | None]) -> None:
+    """Raises unless `implementation` can serve.
 
     Args:
       op: name of the kernel, for messages.
-      implementation: one of `BACKENDS`, or None.
+      implementation: one of `BACKENDS`, or None for the best.
+      reasons: backend -> why it cannot serve this call, or None.
 
     Raises:
-      NotImplementedError: the backend is known but cannot serve this kernel. A named backend is never replaced.
+      NotImplementedError: the backend is known but cannot serve this call. A named backend is never replaced.
       ValueError: the name is unknown.
     """
     if implementation is None:
-        return "xla"
-    if implementation in ("pallas", "triton"):
-        raise NotImplementedError(
-            f"{op}: implementation={implementation!r} is not built yet; use implementation='xla', or None for the best"
-        )
+        return
     if implementation not in BACKENDS:
         raise ValueError(f"{op}: implementation={implementation!r} is unknown; use None or one of {BACKENDS}")
-    return implementation
+    reason = reasons.get(implementation)
+    if reason is not None:
+        raise NotImplementedError(
+            f"{op}: implementation={implementation!r} cannot serve: {reason}; use 'xla', or None for the best"
+        )
+
+
+def with_gradient(
+    forward: Callable[..., Any], backward: Callable[..., Any], *, value: Callable[..., Any] | None = None,
+    fixed: int, constants: int,
+) -> Callable[..., Any]:  # fmt: skip
+    """Returns a function whose gradient is `backward`.
+
+    Args:
+      forward: (*fixed, *arrays) -> (result, residuals).
+      backward: (*fixed, residuals, cotangents) -> the cotangents of all arrays but the last `constants`.
+      value: (*fixed, *arrays) -> (result, anything), for calls that are not differentiated; None means `forward`.
+      fixed: number of leading arguments that are static.
+      constants: number of trailing arguments without a gradient.
+    """
+
+    @functools.partial(jax.custom_vjp, nondiff_argnums=tuple(range(fixed)))
+    def function(*arguments):
+        return (value or forward)(*arguments)[0]
+
+    function.defvjp(forward, lambda *arguments: (*backward(*arguments), *(None,) * constants))
+    return function
+
+
+def run(implementation: str | None, functions: dict[str, Callable[..., Any]], *operands: Any) -> Any:
+    """Calls what `implementation` names, or for None the best for the platform that the code is lowered for.
+
+    Args:
+      implementation: None, "xla", "pallas" or "triton".
+      functions: what can serve, by those names; "xla" is always one.
+      operands: pytrees of arrays.
+    """
+    if implementation == "pallas" and not _interpreting():
+        try:
+            return jax.lax.platform_dependent(*operands, tpu=functions["pallas"])
+        except NotImplementedError as error:  # outside jit; inside, the compiler says it later
+            platform = jax.default_backend()
+            raise NotImplementedError(
+                f"implementation='pallas' needs a TPU and this runs on {platform}; to interpret its kernels there, "
+                "call it under jax.experimental.pallas.tpu.force_tpu_interpret_mode()"
+            ) from error
+    if implementation is not None:
+        return functions[implementation](*operands)
+    best = {
+        platform: functions[name] for platform, name in (("tpu", "pallas"), ("cuda", "triton")) if name in functions
+    }
+    return (
+        jax.lax.platform_dependent(*operands, default=functions["xla"], **best) if best else functions["xla"](*operands)
+    )
+
+
+def _interpreting() -> bool:
+    """Whether the caller stands in `pltpu.force_tpu_interpret_mode`, which JAX does not say in public."""
+    setting = getattr(jax._src.config, "pallas_tpu_interpret_mode_context_manager", None)
+    return setting is not None and setting.value is not None

@@ -6,10 +6,27 @@ import pathlib
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # before anything imports jax
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports triton
 
 import pytest
+from jax._src.pallas.mosaic.interpret import interpret_pallas_call
+from jax.experimental.pallas import tpu as pltpu
 
 from train import fetch as fetch_lib
+
+
+@pytest.fixture(autouse=True)
+def _interpreted(request):
+    """Tests whose parameter `implementation` is "pallas" interpret TPU kernels, and fail where two accesses race."""
+    if (
+        getattr(request.node, "callspec", None) is None
+        or request.node.callspec.params.get("implementation") != "pallas"
+    ):
+        yield
+        return
+    with pltpu.force_tpu_interpret_mode(pltpu.InterpretParams(detect_races=True)):
+        yield
+    assert not interpret_pallas_call.races.races_found
 
 
 @pytest.fixture(scope="session")

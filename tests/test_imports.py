@@ -23,7 +23,12 @@ def declared(requirements):
 LIBRARY = declared(PROJECT["dependencies"])
 TRAINING = LIBRARY | declared(PROJECT["optional-dependencies"]["train"])
 THIRD_PARTY = {"pallas_kernels": {"jax", "numpy"}, "allmem_jax": LIBRARY, "train": TRAINING, "configs": set()}
-EXTRAS = {"allmem_jax/harness.py": declared(PROJECT["optional-dependencies"]["eval"])}  # files that want an extra
+EXTRAS = {  # files that want an extra
+    "allmem_jax/harness.py": declared(PROJECT["optional-dependencies"]["eval"]),
+    "pallas_kernels/bench.py": {"torch"},  # where it is installed, to be measured beside
+    "pallas_kernels/swa/triton_gpu.py": {"triton"},
+    "pallas_kernels/ttt/triton_gpu.py": {"triton"},
+}
 
 
 def imports(path):

@@ -56,14 +56,65 @@ def test_wrong_device_count_is_named():
         sharding.make_mesh(fsdp=64)
 
 
+def run_on_four_devices(program):
+    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
+    subprocess.run([sys.executable, "-c", program], check=True, env={**os.environ, **flags}, timeout=300)
+
+
+def test_kernels_compute_their_own_rows_and_heads():
+    """Against one device: outputs and gradients; and the compiled programs gather nothing."""
+    run_on_four_devices(SHARDED_CALLS)
+
+
+SHARDED_CALLS = """
+import functools
+import jax, jax.numpy as jnp, numpy as np
+from jax.sharding import NamedSharding, PartitionSpec as P
+import pallas_kernels
+from allmem_jax import functional, sharding
+
+rng = np.random.default_rng(0)
+normal = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
+q, k, v = (normal(4, 24, 4, 8) for _ in range(3))
+lr, momentum = jnp.abs(normal(4, 24, 4, 3)) / 10, jax.nn.sigmoid(normal(4, 24, 4))
+init = pallas_kernels.FastWeights(normal(4, 16, 8), normal(4, 16, 8), normal(4, 8, 16))
+start = pallas_kernels.init_memory_state(init, 4)
+
+def attend(q, k, v, window):
+    return functional.attend(q, k[:, :, :2], v[:, :, :2], window=window, sinks=2, segment_ids=None, scale=0.5)
+
+def remember(q, k, v, lr, momentum, init, state):
+    return functional.remember(q, k, v, lr, momentum, init, state, chunk=8, valid=None, reset=None)
+
+def check(function, arguments, where):
+    def loss(*arguments):
+        return sum(jnp.sum(jnp.sin(x)) for x in jax.tree.leaves(function(*arguments)) if x.dtype == jnp.float32)
+
+    both = jax.value_and_grad(loss, tuple(range(3)))
+    want = jax.jit(both)(*arguments)
+    mesh = sharding.make_mesh(fsdp=2, tensor=2)
+    with jax.set_mesh(mesh):
+        placed = jax.device_put(arguments, jax.tree.map(lambda spec: NamedSharding(mesh, spec), where))
+        compiled = jax.jit(both).lower(*placed).compile()
+        got = compiled(*placed)
+    assert "all-gather" not in compiled.as_text()
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        assert np.linalg.norm(a - b) < 1e-5 * np.linalg.norm(b)
+
+tokens, row_heads = P("fsdp", None, "tensor"), P("fsdp", "tensor")
+check(attend, (q, k, v, jnp.int32(5)), (tokens, tokens, tokens, P()))
+weights = pallas_kernels.FastWeights(*[P("tensor")] * 3)
+state = pallas_kernels.MemoryState(*[pallas_kernels.FastWeights(*[row_heads] * 3)] * 3, row_heads, P("fsdp"))
+check(remember, (q, k, v, lr, momentum, init, start), (*[tokens] * 5, weights, state))
+"""
+
+
 def test_placed_on_four_devices():
-    program = """
+    run_on_four_devices("""
 import jax, numpy as np
 from allmem_jax import sharding
 mesh = sharding.make_mesh(fsdp=2, tensor=2)
 x = sharding.place({"up_proj": {"kernel": np.arange(64.0).reshape(1, 8, 8)}}, mesh)["up_proj"]["kernel"]
 assert len(x.addressable_shards) == 4 and x.addressable_shards[0].data.shape == (1, 4, 4)
 assert float(jax.jit(lambda x: x.sum())(x)) == 63 * 32
-"""
-    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
-    subprocess.run([sys.executable, "-c", program], check=True, env={**os.environ, **flags}, timeout=120)
+""")

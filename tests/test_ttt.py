@@ -11,7 +11,7 @@ from pallas_kernels import FastWeights, MemoryState, init_memory_state, ttt_memo
 from pallas_kernels.ttt import reference
 
 pytestmark = pytest.mark.core
-BACKENDS = ("xla",)
+BACKENDS = ("xla",)  # of the tests that need not run every one: interpreted kernels are slow
 BATCH, DIM, HIDDEN, CHUNK = 3, 8, 12, 8
 NAMES = ("q", "k", "v", "lr", "momentum", "init", "state")
 
@@ -84,16 +84,16 @@ def assert_matches_reference(arguments, state, valid, reset, implementation, tol
             assert relative(a, b) < tolerance, name
 
 
-@pytest.mark.parametrize("implementation", BACKENDS)
-@pytest.mark.parametrize("heads,given", [(5, False), (3, True)])
+@pytest.mark.parametrize("heads,given,implementation", [(5, False, "xla"), (3, True, "xla"), (5, False, "pallas")])
 def test_matches_reference_without_resets(implementation, heads, given):
     arguments, state = make_inputs(19, heads)
     valid = make_masks(19)[0] if given else None
     assert_matches_reference(arguments, state if given else None, valid, None, implementation)
 
 
-@pytest.mark.parametrize("implementation", BACKENDS)
-@pytest.mark.parametrize("length,seeds", [(1, 3), (5, 5), (27, 12)])
+@pytest.mark.parametrize(
+    "length,seeds,implementation", [(1, 3, "xla"), (5, 5, "xla"), (27, 12, "xla"), (1, 2, "pallas"), (27, 3, "pallas")]
+)
 def test_matches_reference_with_everything_given(implementation, length, seeds):
     for seed in range(seeds):
         arguments, state = make_inputs(length, seed=seed)
@@ -217,7 +217,7 @@ def test_zero_rows_have_finite_gradients(implementation):
     assert all(jnp.isfinite(x).all() for x in jax.tree.leaves(gradients))
 
 
-@pytest.mark.parametrize("implementation", BACKENDS)
+@pytest.mark.parametrize("implementation", [*BACKENDS, "pallas"])
 def test_bfloat16(implementation):
     arguments, state = make_inputs(19)
     arguments = (*(x.astype(jnp.bfloat16) for x in arguments[:3]), *arguments[3:])
@@ -231,9 +231,14 @@ def test_bfloat16(implementation):
 
 
 @pytest.mark.parametrize("name", ["pallas", "triton"])
-def test_unbuilt_backend_says_so(name):
+def test_a_named_backend_is_never_replaced(name):
     with pytest.raises(NotImplementedError, match=name):
         ttt_memory(*make_inputs(2)[0], chunk_size=CHUNK, implementation=name)
+
+
+def test_pallas_takes_float32_and_bfloat16():
+    with jax.enable_x64(True), pytest.raises(NotImplementedError, match="q is float64"):
+        ttt_memory(*make_inputs(2, dtype=np.float64)[0], chunk_size=CHUNK, implementation="pallas")
 
 
 def test_bad_arguments_are_named():

@@ -116,7 +116,12 @@ def _train(
     student = _student_steps(config, pretrained.config, optimizer, sharding.tree_shardings(state, mesh))
     key = jax.random.key(config.seed)
     log = metrics.MetricsLog(out / "metrics.jsonl", done)
-    with log, metrics.Progress(done, config.steps, config.log_every) as progress, _stop_signals() as stopped:
+    with (
+        jax.set_mesh(mesh),
+        log,
+        metrics.Progress(done, config.steps, config.log_every) as progress,
+        _stop_signals() as stopped,
+    ):
         for step in range(done + 1, config.steps + 1):
             began = time.perf_counter()
             batch = _place_batch(next(stream), mesh, config.pack)

@@ -4,12 +4,17 @@ Axes: B batch, L tokens, Hq query heads, Hkv key heads, D head dim.
 """
 
 import functools
+import importlib
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import backends
-from pallas_kernels.swa import reference, xla
+from pallas_kernels import backends, triton_call
+from pallas_kernels.swa import pallas_tpu, reference, xla
+
+SHORTEST_FOR_KERNELS = 16  # tokens; below, a kernel's blocks are mostly padding
 
 
 def swa_attention(
@@ -38,25 +43,38 @@ def swa_attention(
       segment_ids: int [B, L], documents as contiguous runs; 0 is padding, whose outputs are zero. None means one
         document a row.
       scale: multiplies the scores; a Python number. None means D ** -0.5.
-      implementation: None, "xla" or "reference"; see `backends.choose`.
+      implementation: None for the best on the platform that the code is lowered for; or "xla", "pallas" (TPU),
+        "triton" (NVIDIA GPUs), "reference".
 
     Returns:
       [B, L, Hq, D] in q's dtype. Scores and sums are float32 (float64 for float64 inputs).
 
     Raises:
       ValueError, TypeError: an argument that does not fit, by name.
-      NotImplementedError: a named backend that is not built.
+      NotImplementedError: a named backend that cannot serve, with the reason; it is never replaced by another.
     """
-    backend = backends.choose("swa_attention", implementation)
     _check(q, k, v, segment_ids)
     _check_count("window", window, 1)
     _check_count("sinks", sinks, 0)
+    reasons = {
+        "pallas": pallas_tpu.why_not(q),
+        "triton": triton_call.unavailable() or triton_call.unsupported(q.shape[-1], q.dtype),
+    }
+    backends.check("swa_attention", implementation, reasons)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    if backend == "reference":
+    if implementation == "reference":
         return reference.swa_attention(q, k, v, window=window, sinks=sinks, segment_ids=segment_ids, scale=scale)
-    blocks = xla.choose_blocks(q.shape[1], window, sinks)
+    functions: dict[str, Callable[..., Any]] = {
+        "xla": functools.partial(_xla, xla.choose_blocks(q.shape[1], window, sinks), scale)
+    }
+    long = q.shape[1] >= SHORTEST_FOR_KERNELS
+    if implementation == "pallas" or (long and reasons["pallas"] is None):
+        functions["pallas"] = functools.partial(_pallas, pallas_tpu.choose_blocks(q, k, window, sinks), scale)
+    if implementation == "triton" or (long and reasons["triton"] is None):
+        blocks, function = _triton()
+        functions["triton"] = functools.partial(function, blocks(q.shape[-1], q.dtype), scale)
     window, sinks = _bounded(window, q.shape[1]), _bounded(sinks, q.shape[1])
-    return _attention(blocks, scale, q, k, v, window, sinks, segment_ids)
+    return backends.run(implementation, functions, q, k, v, window, sinks, segment_ids)
 
 
 def _bounded(x: int | jax.Array, limit: int) -> jax.Array:
@@ -64,17 +82,15 @@ def _bounded(x: int | jax.Array, limit: int) -> jax.Array:
     return jnp.asarray(min(x, limit) if isinstance(x, int) else jnp.minimum(x, limit), jnp.int32)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _attention(blocks, scale, q, k, v, window, sinks, segment_ids):
-    out, _ = xla.forward(blocks, scale, q, k, v, window, sinks, segment_ids)
-    return out
+_differentiable = functools.partial(backends.with_gradient, fixed=2, constants=3)
+_xla = _differentiable(xla.forward, xla.backward)
+_pallas = _differentiable(pallas_tpu.forward, pallas_tpu.backward)
 
 
-def _attention_backward(blocks, scale, residuals, d_out):
-    return (*xla.backward(blocks, scale, residuals, d_out), None, None, None)
-
-
-_attention.defvjp(xla.forward, _attention_backward)
+@functools.cache
+def _triton():
+    module = importlib.import_module("pallas_kernels.swa.triton_gpu")  # which imports triton
+    return module.choose_blocks, _differentiable(module.forward, module.backward)
 
 
 def _check(q, k, v, segment_ids):

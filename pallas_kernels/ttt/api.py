@@ -4,13 +4,16 @@ Axes: B batch, L tokens, N memory heads, D head dim, H hidden.
 """
 
 import functools
+import importlib
 
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import backends
-from pallas_kernels.ttt import reference, xla
+from pallas_kernels import backends, triton_call
+from pallas_kernels.ttt import pallas_tpu, reference, xla
 from pallas_kernels.ttt.types import FastWeights, MemoryState, init_memory_state
+
+SHORTEST_FOR_KERNELS = 16  # tokens; below, a kernel's blocks are mostly padding
 
 
 def ttt_memory(
@@ -47,39 +50,51 @@ def ttt_memory(
       chunk_size: tokens per update; a Python int.
       valid: bool [B, L]; a false token writes nothing, is not counted, and its output is zero.
       reset: bool [B, L]; before a true token, valid or not, the row's state goes back to that of `init_memory_state`.
-      implementation: None, "xla" or "reference"; see `backends.choose`.
+      implementation: None for the best on the platform that the code is lowered for; or "xla", "pallas" (TPU),
+        "triton" (NVIDIA GPUs), "reference".
 
     Returns:
       Outputs [B, L, N, D] in q's dtype, and the state after the last token, float32.
 
     Raises:
       ValueError, TypeError: an argument that does not fit, by name.
-      NotImplementedError: a named backend that is not built.
+      NotImplementedError: a named backend that cannot serve, with the reason; it is never replaced by another.
     """
-    backend = backends.choose("ttt_memory", implementation)
     _check(q, k, v, lr, momentum, init, state, chunk_size, valid, reset)
+    reasons = {
+        "pallas": pallas_tpu.why_not(q.dtype),
+        "triton": triton_call.unavailable() or triton_call.unsupported(q.shape[-1], q.dtype),
+    }
+    backends.check("ttt_memory", implementation, reasons)
     aligned = state is None
     dtype = jnp.promote_types(q.dtype, jnp.float32)
     state = init_memory_state(init, q.shape[0]) if state is None else state
     state = jax.tree.map(lambda x: x.astype(dtype), state)._replace(count=state.count.astype(jnp.int32))
-    if backend == "reference":
+    if implementation == "reference":
         valid = jnp.ones(q.shape[:2], bool) if valid is None else valid
         reset = jnp.zeros(q.shape[:2], bool) if reset is None else reset
         return reference.ttt_memory(q, k, v, lr, momentum, init, state, chunk_size=chunk_size, valid=valid, reset=reset)
-    return _memory(chunk_size, aligned, (q, k, v, lr, momentum), init, state, valid, reset)
+    functions = {"xla": _xla}
+    long = q.shape[1] >= SHORTEST_FOR_KERNELS
+    if implementation == "pallas" or (long and reasons["pallas"] is None):
+        functions["pallas"] = _pallas
+    if implementation == "triton" or (long and reasons["triton"] is None):
+        functions["triton"] = _triton()
+    functions = {name: functools.partial(f, chunk_size, aligned) for name, f in functions.items()}
+    return backends.run(implementation, functions, (q, k, v, lr, momentum), init, state, valid, reset)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _memory(chunk_size, aligned, tokens, init, state, valid, reset):
-    result, _ = xla.forward(chunk_size, aligned, tokens, init, state, valid, reset)
-    return result
+_differentiable = functools.partial(backends.with_gradient, fixed=2, constants=2)
+_xla = _differentiable(xla.forward, xla.backward)
+_pallas = _differentiable(
+    pallas_tpu.forward, pallas_tpu.backward, value=functools.partial(pallas_tpu.forward, save=False)
+)
 
 
-def _memory_backward(chunk_size, aligned, residuals, cotangents):
-    return (*xla.backward(chunk_size, aligned, residuals, cotangents), None, None)
-
-
-_memory.defvjp(xla.forward, _memory_backward)
+@functools.cache
+def _triton():
+    module = importlib.import_module("pallas_kernels.ttt.triton_gpu")  # which imports triton
+    return _differentiable(module.forward, module.backward)
 
 
 def _check(q, k, v, lr, momentum, init, state, chunk_size, valid, reset):

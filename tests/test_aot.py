@@ -1,0 +1,91 @@
+"""Every kernel through the compilers of its devices, which run on any machine: `make test-aot` installs them."""
+
+import importlib.util
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from allmem_jax import config as config_lib
+from allmem_jax import model, sharding
+from pallas_kernels import compiling, topology, triton_call
+from train import steps
+
+pytestmark = pytest.mark.aot
+DTYPES = ("bfloat16", "float32")
+LENGTH = 8192
+
+
+def has(module):
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # of the package that it would be in
+        return False
+
+
+needs_tpu = pytest.mark.skipif(not has("libtpu"), reason="needs libtpu: make test-aot")
+needs_gpu = pytest.mark.skipif(
+    not (has("jax_plugins.xla_cuda13") and has("jax_triton")), reason="needs the compiler for GPUs: make test-aot"
+)
+NAMES = [
+    *(pytest.param(name, marks=needs_tpu) for name in topology.SMALLEST),
+    pytest.param("h100", marks=needs_gpu),
+]
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "dim,chunk,masks", [(32, 512, False), (64, 2048, True), (128, 1024, False), (256, 4096, False)]
+)
+def test_memory_compiles(name, dim, dtype, chunk, masks):
+    text = compiling.memory(name, dim, dtype, LENGTH, chunk, masks=masks).as_text()
+    calls = ("triton_kernel_call",) if name == "h100" else ("ttt_memory_forward", "ttt_memory_backward")
+    assert all(call in text for call in calls)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dim,groups,documents", [(32, 1, False), (64, 3, True), (128, 2, False), (256, 4, False)])
+def test_attention_compiles(name, dim, groups, documents, dtype):
+    text = compiling.attention(name, dim, dtype, LENGTH, groups=groups, documents=documents).as_text()
+    calls = ("triton_kernel_call",) if name == "h100" else ("swa_forward", "swa_query_gradient", "swa_key_gradient")
+    assert all(call in text for call in calls)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_training_step_of_qwen3_compiles(name):
+    if name == "h100":
+        triton_call.capability = 90
+    devices = len(topology.devices(name))
+    mesh = topology.mesh(name, (1, devices, 1, 1), sharding.AXES)
+    config = config_lib.preset("qwen3-0.6b").replace(dtype="bfloat16", chunk=1024, window=1024, sinks=64)
+    rows = devices
+
+    def place(tree):
+        return jax.tree.map(
+            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, sharding.tree_shardings(tree, mesh)
+        )
+
+    params = jax.eval_shape(model.AllMemLM(config).init, jax.random.key(0), jnp.zeros((1, 8), jnp.int32))["params"]
+    backbone, memory = model.split_params(params)
+    optimizer = steps.make_optimizer(lambda count: 1e-4, (0.9, 0.95), 0.0, 1.0)
+    state = place(jax.eval_shape(lambda tree: steps.init_state(tree, optimizer), memory))
+    place_row = lambda *shape, dtype: jax.ShapeDtypeStruct(  # noqa: E731
+        shape, dtype, sharding=sharding.batch_sharding(mesh)
+    )
+    tokens = place_row(rows, 4096, dtype=jnp.int32)
+    batch = steps.Batch(tokens, tokens, place_row(rows, 4096, dtype=bool), tokens)
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    size = jax.ShapeDtypeStruct((), jnp.int32)
+
+    def step(state, backbone, batch, window, sinks, key):
+        hidden = steps.teacher_hidden(backbone, config, batch)
+        return steps.distill_step(
+            state, backbone, batch, hidden, window, sinks, key, config=config, loss=steps.Loss(), optimizer=optimizer
+        )
+
+    with jax.set_mesh(mesh):
+        compiled = jax.jit(step, donate_argnums=0).lower(state, place(backbone), batch, size, size, key).compile()
+    assert compiled.as_text().count("triton_kernel_call" if name == "h100" else "tpu_custom_call") >= 5
+    assert compiled.memory_analysis().temp_size_in_bytes < 12 * 2**30
