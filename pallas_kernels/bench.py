@@ -65,6 +65,8 @@ def main() -> None:
     parser.add_argument("--dims", nargs="*", type=int, default=[64, 128], help="head dims of the schedules")
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("kernel_bench.json"))
     arguments = parser.parse_args()
+    if arguments.tpu is not None:
+        jax.config.update("jax_platforms", "cpu")
     found: dict[str, Any] = {"machine": _machine()}
     if arguments.tpu is not None:
         found["schedules"] = _schedules(arguments.tpu or ["v5e", "v5p", "v6e", "tpu7x"], arguments.dims)

@@ -32,16 +32,19 @@ class Tiles:
     """Sizes that decide speed and never the result.
 
     Attributes:
-      tokens: of a block, at most, for packs of up to 256 hidden units, and half of it for more; a multiple of 32.
+      forward, backward: most tokens of a block in each pass, for packs of up to 256 hidden units, and half of it for
+        more; a multiple of 32.
       vmem_bytes: what a kernel may use.
     """
 
-    tokens: int = 512
+    forward: int = 512
+    backward: int = 256
     vmem_bytes: int = 96 * 2**20
 
     def __post_init__(self):
-        if self.tokens < 32 or self.tokens % 32:
-            raise ValueError(f"tokens={self.tokens} must be a positive multiple of 32")
+        for name in ("forward", "backward"):
+            if (tokens := getattr(self, name)) < 32 or tokens % 32:
+                raise ValueError(f"{name}={tokens} must be a positive multiple of 32")
         if self.vmem_bytes < 2**20:
             raise ValueError(f"vmem_bytes={self.vmem_bytes} is less than a MiB")
 
@@ -76,22 +79,30 @@ class Layout:
         return self.pack * self.dim, self.pack * self.hidden
 
 
-def make_layout(shape, hidden: int, chunk_size: int, single: bool, resets: bool, tiles: Tiles) -> Layout:
-    """Returns the layout for q of `shape`; `single` promises that no chunk ends and no document begins in a block."""
+def make_layout(shape, hidden: int, chunk_size: int, single: bool, resets: bool, most: int, vmem_bytes: int) -> Layout:
+    """Returns the layout of one pass.
+
+    Args:
+      shape: of q.
+      hidden: H.
+      chunk_size: tokens per update.
+      single: promise that all rows begin with a chunk and go on without padding and documents.
+      resets: whether documents can begin.
+      most: tokens of a block, from `Tiles`.
+      vmem_bytes: from `Tiles`.
+    """
     _, length, heads, dim = shape
     pack = heads
     if heads * dim > LANES:
         dim = max(1 << (dim - 1).bit_length(), 8) if dim < LANES else -(-dim // LANES) * LANES
         pack = max(LANES // dim, 1)
-    tokens = _block_tokens(
-        min(chunk_size, length), chunk_size, tiles.tokens if pack * hidden <= 256 else tiles.tokens // 2
-    )
+    tokens = _block_tokens(min(chunk_size, length), chunk_size, most if pack * hidden <= 256 else most // 2)
     blocks = -(-length // tokens)
     aligned = single and (chunk_size % tokens == 0 or blocks == 1)
     phases = 1 if aligned else 3 if resets else 2
     slots = (length + chunk_size - 1) // chunk_size + 1
     heads = -(-heads // pack) * pack
-    return Layout(pack, heads, dim, hidden, tokens, blocks, phases, slots, tiles.vmem_bytes)
+    return Layout(pack, heads, dim, hidden, tokens, blocks, phases, slots, vmem_bytes)
 
 
 def _block_tokens(limit: int, chunk_size: int, most: int) -> int:
@@ -118,8 +129,9 @@ def forward(chunk_size, aligned, tokens, init, state, valid, reset, *, tiles=Til
       save: whether `backward` will be called; without, the residuals are None.
     """
     q, k, v, lr, momentum = tokens
+    single = aligned and valid is None and reset is None
     layout = make_layout(
-        q.shape, init.gate.shape[-2], chunk_size, aligned and valid is None and reset is None, reset is not None, tiles
+        q.shape, init.gate.shape[-2], chunk_size, single, reset is not None, tiles.forward, tiles.vmem_bytes
     )
     plan = _plan(layout, chunk_size, q.shape[:2], valid, reset, state.count)
     work = visits.make_visits(plan, layout.phases)
@@ -139,8 +151,9 @@ def backward(chunk_size, aligned, residuals, cotangents, *, tiles=Tiles()):
     tokens, init, valid, reset, momentum_sum, count, saved = residuals
     d_out, d_state = cotangents
     q, k, v, lr, momentum = tokens
+    single = aligned and valid is None and reset is None
     layout = make_layout(
-        q.shape, init.gate.shape[-2], chunk_size, aligned and valid is None and reset is None, reset is not None, tiles
+        q.shape, init.gate.shape[-2], chunk_size, single, reset is not None, tiles.backward, tiles.vmem_bytes
     )
     plan = _plan(layout, chunk_size, q.shape[:2], valid, reset, count)
     work = visits.make_visits(plan, layout.phases)
