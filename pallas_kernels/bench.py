@@ -104,8 +104,9 @@ def _schedules(devices: list[str], dims: list[int]) -> list[dict[str, Any]]:
                 for line in map(json.loads, filter(lambda x: x.startswith("{"), run.stdout.splitlines())):
                     lines.append(line)
                     print(
-                        f"{device:6} D={dim:<4} {line['kernel']:22} main {line['main']:6} bundles, "
-                        f"matrix unit in {line['mxu_share']:.0%}",
+                        f"{device:6} D={dim:<4} {line['kernel']:26} main {line['main']:6} bundles, "
+                        f"matrix unit in {line['mxu_share']:.0%}"
+                        + (f", floor {line['floor']:.0f} for {line['tokens']} tokens" if "floor" in line else ""),
                         flush=True,
                     )
     return lines

@@ -4,17 +4,22 @@
     python -m pallas_kernels.schedule v5e attention --dim 128 --dtype float32
 
 Bodies of loops count once and branches one after the other, so `bundles` is the length of the program, not its time.
-`main` is what lies between the first and the last bundle that uses a matrix unit: the work on one block of tokens.
+`main` is what lies between the first and the last bundle that uses a matrix unit: the work on one block of tokens (of
+attention, both ways to treat a block: with a mask and without). `floor` is what the matrix units alone would need for
+the memory's products on such a block, all of them busy in every cycle.
 """
 
 import argparse
 import dataclasses
 import json
+import math
 import os
 import pathlib
 import tempfile
 from typing import Any
 
+# Of a core: (side of a matrix unit, units, rows that each takes in a cycle of bfloat16), from the published peaks.
+UNITS = {"v5e": (128, 4, 1), "v5p": (128, 4, 1), "v6e": (256, 2, 2), "tpu7x": (256, 2, 2)}
 SUFFIX = "final_hlo-static-per-bundle-utilization.txt"
 
 
@@ -61,6 +66,22 @@ def _parse(path: pathlib.Path) -> Schedule:
     )
 
 
+def memory_floor(device: str, tokens: int, width: int, wide: int, backward: bool) -> float:
+    """Returns the least cycles for one block of the memory in bfloat16.
+
+    Args:
+      device: a key of `UNITS`.
+      tokens: T of a block.
+      width, wide: C and F, columns of tokens and of hidden units of a pack.
+      backward: which pass.
+    """
+    side, units, rate = UNITS[device]
+    up, down, outer = (tokens, width, wide), (tokens, wide, width), (width, tokens, wide)
+    products = [up] * 9 + [down] * 8 + [outer] * 6 if backward else [up] * 5 + [down] + [outer] * 3
+    rows = sum(rows * math.ceil(shared / side) * math.ceil(columns / side) for rows, shared, columns in products)
+    return rows / (units * rate)
+
+
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("device", help="v5e, v5p, v6e, tpu7x, or libtpu's name of a topology")
@@ -88,12 +109,23 @@ def main() -> None:
             compiled = compiling.attention(*shape)
         analysis: Any = compiled.memory_analysis()
         for schedule in read(pathlib.Path(folder), "ttt" if arguments.kernel == "memory" else "swa"):
-            print(
-                json.dumps(
-                    vars(arguments) | {"temporary_bytes": analysis.temp_size_in_bytes} | dataclasses.asdict(schedule)
-                ),
-                flush=True,
-            )
+            line = vars(arguments) | {"temporary_bytes": analysis.temp_size_in_bytes} | dataclasses.asdict(schedule)
+            if arguments.kernel == "memory" and arguments.dtype == "bfloat16" and arguments.device in UNITS:
+                line |= _block(arguments, "backward" in schedule.kernel)
+            print(json.dumps(line), flush=True)
+
+
+def _block(arguments: argparse.Namespace, backward: bool) -> dict[str, float]:
+    """The block of the memory that `main` is about: its tokens, heads and floor."""
+    from pallas_kernels.ttt import pallas_tpu
+
+    tiles, heads, hidden = pallas_tpu.Tiles(), max(512 // arguments.dim, 1), 2 * arguments.dim
+    layout = pallas_tpu.make_layout(
+        (1, arguments.length, heads, arguments.dim), hidden, arguments.chunk, True, False,
+        tiles.backward if backward else tiles.forward, tiles.vmem_bytes,
+    )  # fmt: skip
+    floor = memory_floor(arguments.device, layout.tokens, *layout.wide, backward)
+    return {"tokens": layout.tokens, "heads": layout.pack, "floor": floor}
 
 
 if __name__ == "__main__":

@@ -125,6 +125,14 @@ def test_any_split_gives_the_same(implementation):
             assert relative(run(arguments, None, None, None, implementation=implementation), (whole, end)) < 1e-5
 
 
+@pytest.mark.parametrize("implementation", ["xla", "pallas", "reference"])
+def test_nothing_but_padding_leaves_the_state(implementation):
+    arguments, state = make_inputs(27)
+    valid, reset = np.zeros((2, BATCH, 27), bool)
+    out, end = run(arguments, state, valid, reset, implementation=implementation)
+    assert relative(end, state) == 0 and not np.any(out)
+
+
 @pytest.mark.parametrize("implementation", [*BACKENDS, "reference"])
 def test_invalid_tokens_are_as_if_absent(implementation):
     arguments, state = make_inputs(25)

@@ -33,7 +33,7 @@ class Visits(NamedTuple):
     Attributes:
       words: int32 [B, V], fields as above; rows with fewer visits end in words without ACTIVE.
       slots: int32 [B, V], updates of the row before the visit.
-      total: int32 [1], visits of the longest row.
+      total: int32 [1], visits of the longest row, but at least 1: the state goes through the kernel in any case.
     """
 
     words: jax.Array
@@ -110,7 +110,8 @@ def make_visits(plan: Plan, phases: int) -> Visits:
         last = jnp.sum(active, axis=1, keepdims=True) - 1
         idle = jnp.take_along_axis(words, jnp.maximum(last, 0), axis=1) >> BLOCK << BLOCK
         words = jnp.where(words > 0, words, idle)
-    return _versions(words, jnp.max(jnp.sum(active, axis=1, dtype=jnp.int32), keepdims=True))
+    total = jnp.max(jnp.sum(active, axis=1, dtype=jnp.int32), keepdims=True)
+    return _versions(words, jnp.maximum(total, 1))
 
 
 def _versions(words: jax.Array, total: jax.Array) -> Visits:
