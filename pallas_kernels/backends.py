@@ -45,10 +45,13 @@ def with_gradient(
       fixed: number of leading arguments that are static.
       constants: number of trailing arguments without a gradient.
     """
+    static = tuple(range(fixed))
+    jit = functools.partial(jax.jit, static_argnums=static)  # a kernel is traced once for each shape, whoever calls it
+    forward, backward, value = jit(forward), jit(backward), jit(value or forward)
 
-    @functools.partial(jax.custom_vjp, nondiff_argnums=tuple(range(fixed)))
+    @functools.partial(jax.custom_vjp, nondiff_argnums=static)
     def function(*arguments):
-        return (value or forward)(*arguments)[0]
+        return value(*arguments)[0]
 
     function.defvjp(forward, lambda *arguments: (*backward(*arguments), *(None,) * constants))
     return function

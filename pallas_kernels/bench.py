@@ -1,6 +1,6 @@
 """How fast the kernels are beside what one would use instead, on the machine at hand.
 
-    python -m pallas_kernels.bench                       # a GPU or this CPU: times; writes kernel_bench.json
+    python -m pallas_kernels.bench                       # a GPU or this CPU: times; writes out/kernel_bench.json
     python -m pallas_kernels.bench --tpu v5e v6e         # no TPU needed: the compiler's schedule of every kernel
 
 A kernel is compared with the reference first, and one that fails is not timed. On a GPU the whole set takes less than
@@ -63,7 +63,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tpu", nargs="*", metavar="DEVICE", help="schedules for v5e, v5p, v6e, tpu7x (default: all)")
     parser.add_argument("--dims", nargs="*", type=int, default=[64, 128], help="head dims of the schedules")
-    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("kernel_bench.json"))
+    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("out/kernel_bench.json"))
     arguments = parser.parse_args()
     if arguments.tpu is not None:
         jax.config.update("jax_platforms", "cpu")
@@ -76,6 +76,7 @@ def main() -> None:
         found["shapes"] = dataclasses.asdict(shapes)
         found["checks"] = _check({"gpu": "triton", "tpu": "pallas"}.get(platform, "xla"), shapes)
         found["times"] = _times(shapes, platform)
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
     arguments.out.write_text(json.dumps(found, indent=2))
     print(f"wrote {arguments.out}")
 

@@ -51,7 +51,7 @@ def replay(words, slots, phase, size):
     return seen, updates, initial, kept
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(st.data())
 def test_visits_are_the_row_token_by_token(data):
     chunk = data.draw(st.integers(1, 9))

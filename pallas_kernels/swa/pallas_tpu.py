@@ -133,8 +133,8 @@ class Plan(NamedTuple):
     limits: jax.Array
 
 
-def forward(blocks, scale, q, k, v, window, sinks, segment_ids, *, interpret=False):
-    """Returns out [B, L, Hq, D] and what `backward` needs; `interpret` as in `pl.pallas_call`."""
+def forward(blocks, scale, q, k, v, window, sinks, segment_ids):
+    """Returns out [B, L, Hq, D] and what `backward` needs."""
     plan = _plan(blocks, q.shape[1], window, sinks, segment_ids)
     queries = _queries(blocks, scale, q, k.shape[2])
     *outer, dim, columns = queries.shape
@@ -146,7 +146,6 @@ def forward(blocks, scale, q, k, v, window, sinks, segment_ids, *, interpret=Fal
         [queries, _rows(blocks, k), _rows(blocks, v)],
         [jax.ShapeDtypeStruct(queries.shape, q.dtype), jax.ShapeDtypeStruct((*outer, 1, columns), jnp.float32)],
         [(dim, columns), (1, columns), (1, columns)],
-        interpret,
     )
     out = _from_columns(out, q.shape)
     if segment_ids is not None:
@@ -154,7 +153,7 @@ def forward(blocks, scale, q, k, v, window, sinks, segment_ids, *, interpret=Fal
     return out, (q, k, v, window, sinks, segment_ids, out, lse)
 
 
-def backward(blocks, scale, residuals, d_out, *, interpret=False):
+def backward(blocks, scale, residuals, d_out):
     """Returns the cotangents of q, k and v."""
     q, k, v, window, sinks, segment_ids, out, lse = residuals
     if segment_ids is not None:
@@ -164,17 +163,16 @@ def backward(blocks, scale, residuals, d_out, *, interpret=False):
     queries, keys, values = _queries(blocks, scale, q, k.shape[2]), _rows(blocks, k), _rows(blocks, v)
     d_outs, delta = _columns(blocks, d_out, k.shape[2]), _columns(blocks, delta, k.shape[2])
     inputs = [queries, d_outs, lse, delta, keys, values]
-    call = functools.partial(_call, interpret=interpret)
     like_queries, like_keys = (jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (queries, keys))
     kernel = functools.partial(_query_gradient_kernel, scale=scale)
-    (d_q,) = call(kernel, blocks, plan, plan.by_query, inputs, [like_queries], [queries.shape[-2:]])
+    (d_q,) = _call(kernel, blocks, plan, plan.by_query, inputs, [like_queries], [queries.shape[-2:]])
     scratch = [(blocks.key, keys.shape[-1])] * 2
-    d_k, d_v = call(_key_gradient_kernel, blocks, plan, plan.by_key, inputs, [like_keys, like_keys], scratch)
+    d_k, d_v = _call(_key_gradient_kernel, blocks, plan, plan.by_key, inputs, [like_keys, like_keys], scratch)
     d_k, d_v = (jnp.swapaxes(x, 1, 2)[:, : k.shape[1]] for x in (d_k, d_v))
     return _from_columns(d_q, q.shape), d_k, d_v
 
 
-def _call(kernel, blocks, plan, visits, inputs, outputs, scratch, interpret):
+def _call(kernel, blocks, plan, visits, inputs, outputs, scratch):
     """Runs `kernel` over B x Hkv x visits.
 
     Args:
@@ -185,7 +183,6 @@ def _call(kernel, blocks, plan, visits, inputs, outputs, scratch, interpret):
       inputs: arrays [B, Hkv, N, X, R] of queries or [B, Hkv, L, D] of keys.
       outputs: shapes like those.
       scratch: shapes of float32 scratch.
-      interpret: as in `pl.pallas_call`.
     """
     packed, group = plan.starts.shape[0] > 1, inputs[0].shape[-1] // blocks.query
 
@@ -223,7 +220,6 @@ def _call(kernel, blocks, plan, visits, inputs, outputs, scratch, interpret):
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=VMEM_BYTES
         ),
-        interpret=interpret,
         name=f"swa_{name}",
     )(visits.codes, plan.limits, plan.starts, *inputs)
 

@@ -15,17 +15,15 @@ nothing.
 
 import dataclasses
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import triton
 import triton.language as tl
 
 from pallas_kernels import triton_call
 from pallas_kernels.ttt import xla
-from pallas_kernels.ttt.types import FastWeights, MemoryState
+from pallas_kernels.ttt.types import FastWeights
 
 PROGRAMS = 264  # that keep the GPU busy: two for each of the 132 processors of an H100
 
@@ -64,90 +62,19 @@ def choose_tiles(dim: int, dtype) -> Tiles:
     return Tiles(*triton_call.choose(H100, dim, dtype))
 
 
-def forward(chunk_size, aligned, tokens, init, state, valid, reset):
+def forward(chunk_size, aligned, tokens, *arrays):
     """Returns (out [B, L, N, D], state) and what `backward` needs; arguments as in `xla.forward`."""
-    size = min(chunk_size, tokens[0].shape[1])
-    phases = xla._phases(size, aligned, valid, reset)
-    blocks, marks = xla._split(tokens, valid, reset, size)
-
-    def step(carry, block):
-        floats, count = carry
-        tokens, (valid, reset) = block
-        plan, next_count = xla._plan(valid, reset, count, chunk_size)
-        out, next_floats = _block(phases, chunk_size, plan, floats, tokens, init)
-        return (next_floats, next_count), (out, floats, count)
-
-    (floats, count), (out, starts, counts) = jax.lax.scan(step, (xla.Floats(*state[:4]), state.count), (blocks, marks))
-    out = xla._join(out, tokens[0].shape[1])
-    return (out, MemoryState(*floats, count)), (tokens, init, valid, reset, starts, counts)
+    return xla.forward(chunk_size, aligned, tokens, *arrays, kernels=_kernels(tokens[0]))
 
 
 def backward(chunk_size, aligned, residuals, cotangents):
     """Returns the cotangents of (tokens, init, state) from those of (out, state)."""
-    tokens, init, valid, reset, starts, counts = residuals
-    d_out, d_state = cotangents
-    length = tokens[0].shape[1]
-    size = min(chunk_size, length)
-    phases = xla._phases(size, aligned, valid, reset)
-    blocks, marks = xla._split(tokens, valid, reset, size)
-
-    def step(carry, block):
-        d_floats, d_init = carry
-        tokens, (valid, reset), floats, count, d_out = block
-        plan, _ = xla._plan(valid, reset, count, chunk_size)
-        _, pullback = jax.vjp(lambda *args: _block(phases, chunk_size, plan, *args), floats, tokens, init)
-        d_floats, d_tokens, d_init_here = pullback((d_out, d_floats))
-        return (d_floats, jax.tree.map(jnp.add, d_init, d_init_here)), d_tokens
-
-    start = (xla.Floats(*d_state[:4]), jax.tree.map(jnp.zeros_like, init))
-    d_blocks = xla._to_blocks(d_out, size)
-    (d_floats, d_init), d_tokens = jax.lax.scan(step, start, (blocks, marks, starts, counts, d_blocks), reverse=True)
-    d_tokens = tuple(xla._join(x, length) for x in d_tokens)
-    no_cotangent: Any = np.zeros(counts.shape[1:], jax.dtypes.float0)
-    return d_tokens, d_init, MemoryState(*d_floats, no_cotangent)
+    return xla.backward(chunk_size, aligned, residuals, cotangents, kernels=_kernels(residuals[0][0]))
 
 
-def _block(phases, chunk_size, plan, floats, tokens, init):
-    """As `xla._block`, with this file's `_piece`."""
-    fresh = xla._fresh(floats, init)
-    if phases.resets:
-        floats = xla._select(plan.restart, fresh, floats)
-    out, floats = _piece(floats, init, tokens, plan.head, plan.head)
-    floats = xla._select(plan.done, xla._update(floats, init, chunk_size), floats)
-    if phases.tail:
-        more, floats = _piece_if_any(floats, init, tokens, plan.tail, plan.tail)
-        out += more
-    if phases.resets:
-        floats = xla._select(plan.renew, fresh, floats)
-    if phases.later:
-        more, floats = _piece_if_any(floats, init, tokens, plan.later, plan.last)
-        out += more
-    return out, floats
-
-
-def _piece_if_any(floats, init, tokens, read, write):
-    """Like `_piece`, at no cost when no row has a token to read."""
-
-    @jax.checkpoint
-    def taken(floats, init, tokens):
-        return _piece(floats, init, tokens, read, write)
-
-    def skipped(floats, init, tokens):
-        return jnp.zeros_like(tokens.q), floats
-
-    return jax.lax.cond(read.any(), taken, skipped, floats, init, tokens)
-
-
-def _piece(floats, init, tokens, read, write):
-    """Reads the tokens of mask `read` [B, T], zeros elsewhere, and adds those of mask `write` to what is pending."""
-    tiles = choose_tiles(tokens.q.shape[-1], tokens.q.dtype)
-    out = jnp.where(read[:, None, :, None], read_tokens(tiles, floats.weights, tokens.q), 0)
-    dtype = floats.momentum_sum.dtype
-    lr = jnp.where(write[:, None, :, None], tokens.lr.astype(dtype), 0)
-    momentum = jnp.where(write[:, None, :], tokens.momentum.astype(dtype), 0)
-    gradient = write_tokens(tiles, xla._normalise(floats.weights, init), tokens.k, tokens.v, lr)
-    pending = jax.tree.map(jnp.add, floats.pending, gradient)
-    return out, floats._replace(pending=pending, momentum_sum=floats.momentum_sum + momentum.sum(-1))
+def _kernels(q) -> xla.Kernels:
+    tiles = choose_tiles(q.shape[-1], q.dtype)
+    return xla.Kernels(functools.partial(read_tokens, tiles), functools.partial(write_tokens, tiles))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -9,6 +9,7 @@ phase only. The forward pass keeps the state at the start of every block; the ba
 reverse, recomputing one at a time.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -39,6 +40,13 @@ class Floats(NamedTuple):
     momentum_sum: jax.Array
 
 
+class Kernels(NamedTuple):
+    """What is computed of tokens: `read` is f(W, q) in any dtype, `gradient` is that of the inner loss, float32."""
+
+    read: Callable[[FastWeights, jax.Array], jax.Array]
+    gradient: Callable[[FastWeights, jax.Array, jax.Array, jax.Array], FastWeights]
+
+
 class Plan(NamedTuple):
     """What happens to each row in a block: masks [B, T] of the tokens of each phase, and events [B].
 
@@ -63,7 +71,7 @@ class Phases(NamedTuple):
     later: bool
 
 
-def forward(chunk_size, aligned, tokens, init, state, valid, reset):
+def forward(chunk_size, aligned, tokens, init, state, valid, reset, *, kernels: Kernels | None = None):
     """Returns (out [B, L, N, D], state) and what `backward` needs.
 
     Args:
@@ -73,7 +81,9 @@ def forward(chunk_size, aligned, tokens, init, state, valid, reset):
       init: FastWeights without B.
       state: MemoryState whose float leaves have the accumulation dtype.
       valid, reset: bool [B, L], or None.
+      kernels: another way to compute `_read` and `_gradient`, differentiable by JAX.
     """
+    kernels = kernels or Kernels(_read, _gradient)
     size = min(chunk_size, tokens[0].shape[1])
     phases = _phases(size, aligned, valid, reset)
     blocks, marks = _split(tokens, valid, reset, size)
@@ -82,7 +92,7 @@ def forward(chunk_size, aligned, tokens, init, state, valid, reset):
         floats, count = carry
         tokens, (valid, reset) = block
         plan, next_count = _plan(valid, reset, count, chunk_size)
-        out, next_floats = _block(phases, chunk_size, plan, floats, tokens, init)
+        out, next_floats = _block(kernels, phases, chunk_size, plan, floats, tokens, init)
         return (next_floats, next_count), (out, floats, count)
 
     (floats, count), (out, starts, counts) = jax.lax.scan(step, (Floats(*state[:4]), state.count), (blocks, marks))
@@ -90,8 +100,9 @@ def forward(chunk_size, aligned, tokens, init, state, valid, reset):
     return (out, MemoryState(*floats, count)), (tokens, init, valid, reset, starts, counts)
 
 
-def backward(chunk_size, aligned, residuals, cotangents):
+def backward(chunk_size, aligned, residuals, cotangents, *, kernels: Kernels | None = None):
     """Returns the cotangents of (tokens, init, state) from those of (out, state)."""
+    kernels = kernels or Kernels(_read, _gradient)
     tokens, init, valid, reset, starts, counts = residuals
     d_out, d_state = cotangents
     length = tokens[0].shape[1]
@@ -103,7 +114,7 @@ def backward(chunk_size, aligned, residuals, cotangents):
         d_floats, d_init = carry
         tokens, (valid, reset), floats, count, d_out = block
         plan, _ = _plan(valid, reset, count, chunk_size)
-        _, pullback = jax.vjp(lambda *args: _block(phases, chunk_size, plan, *args), floats, tokens, init)
+        _, pullback = jax.vjp(lambda *args: _block(kernels, phases, chunk_size, plan, *args), floats, tokens, init)
         d_floats, d_tokens, d_init_here = pullback((d_out, d_floats))
         return (d_floats, jax.tree.map(jnp.add, d_init, d_init_here)), d_tokens
 
@@ -143,30 +154,30 @@ def _count(mask: jax.Array) -> jax.Array:
     return mask.sum(axis=1, dtype=jnp.int32)
 
 
-def _block(phases, chunk_size, plan, floats, tokens, init) -> tuple[jax.Array, Floats]:
+def _block(kernels, phases, chunk_size, plan, floats, tokens, init) -> tuple[jax.Array, Floats]:
     """Returns out [B, N, T, D] of one block and the state after it."""
     fresh = _fresh(floats, init)
     if phases.resets:
         floats = _select(plan.restart, fresh, floats)
-    out, floats = _piece(floats, init, tokens, plan.head, plan.head)
+    out, floats = _piece(kernels, floats, init, tokens, plan.head, plan.head)
     floats = _select(plan.done, _update(floats, init, chunk_size), floats)
     if phases.tail:
-        more, floats = _piece_if_any(floats, init, tokens, plan.tail, plan.tail)
+        more, floats = _piece_if_any(kernels, floats, init, tokens, plan.tail, plan.tail)
         out += more
     if phases.resets:
         floats = _select(plan.renew, fresh, floats)
     if phases.later:
-        more, floats = _piece_if_any(floats, init, tokens, plan.later, plan.last)
+        more, floats = _piece_if_any(kernels, floats, init, tokens, plan.later, plan.last)
         out += more
     return out.astype(tokens.q.dtype), floats
 
 
-def _piece_if_any(floats, init, tokens, read, write):
+def _piece_if_any(kernels, floats, init, tokens, read, write):
     """Like `_piece`, at no cost when no row has a token to read."""
 
     @jax.checkpoint  # or the gradient would write zeros in the place of this phase's residuals
     def taken(floats, init, tokens):
-        return _piece(floats, init, tokens, read, write)
+        return _piece(kernels, floats, init, tokens, read, write)
 
     def skipped(floats, init, tokens):
         return jnp.zeros(tokens.q.shape, floats.momentum_sum.dtype), floats
@@ -174,13 +185,13 @@ def _piece_if_any(floats, init, tokens, read, write):
     return jax.lax.cond(read.any(), taken, skipped, floats, init, tokens)
 
 
-def _piece(floats, init, tokens, read, write) -> tuple[jax.Array, Floats]:
+def _piece(kernels, floats, init, tokens, read, write) -> tuple[jax.Array, Floats]:
     """Reads the tokens of mask `read` [B, T], zeros elsewhere, and adds those of mask `write` to what is pending."""
-    out = jnp.where(read[:, None, :, None], _read(floats.weights, tokens.q), 0)
     dtype = floats.momentum_sum.dtype
+    out = jnp.where(read[:, None, :, None], kernels.read(floats.weights, tokens.q).astype(dtype), 0)
     lr = jnp.where(write[:, None, :, None], tokens.lr.astype(dtype), 0)
     momentum = jnp.where(write[:, None, :], tokens.momentum.astype(dtype), 0)
-    gradient = _gradient(_normalise(floats.weights, init), tokens.k, tokens.v, lr)
+    gradient = kernels.gradient(_normalise(floats.weights, init), tokens.k, tokens.v, lr)
     pending = jax.tree.map(jnp.add, floats.pending, gradient)
     return out, floats._replace(pending=pending, momentum_sum=floats.momentum_sum + momentum.sum(-1))
 
