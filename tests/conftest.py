@@ -8,6 +8,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports triton
 
+import jax
 import pytest
 from jax._src.pallas.mosaic.interpret import interpret_pallas_call
 from jax.experimental.pallas import tpu as pltpu
@@ -17,11 +18,9 @@ from train import fetch as fetch_lib
 
 @pytest.fixture(autouse=True)
 def _interpreted(request):
-    """Tests whose parameter `implementation` is "pallas" interpret TPU kernels, and fail where two accesses race."""
-    if (
-        getattr(request.node, "callspec", None) is None
-        or request.node.callspec.params.get("implementation") != "pallas"
-    ):
+    """Without a TPU, tests whose parameter `implementation` is "pallas" interpret it, and fail where accesses race."""
+    parameters = request.node.callspec.params if hasattr(request.node, "callspec") else {}
+    if parameters.get("implementation") != "pallas" or jax.default_backend() == "tpu":
         yield
         return
     with pltpu.force_tpu_interpret_mode(pltpu.InterpretParams(detect_races=True)):

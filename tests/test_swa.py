@@ -10,7 +10,8 @@ import pytest
 from pallas_kernels import swa_attention
 
 pytestmark = pytest.mark.core
-BACKENDS = ("xla",)  # of the tests that need not run every one: interpreted kernels are slow
+GPU = ("triton",) if jax.default_backend() == "gpu" else ()  # elsewhere tests/test_triton.py interprets its kernels
+BACKENDS = ("xla", *GPU)  # of the tests that need not run every one: interpreted kernels are slow
 
 
 def relative(a, b, least=0.0):
@@ -53,7 +54,7 @@ def assert_matches_reference(inputs, window, sinks, segments, implementation, st
         assert relative(a, b, least) < 1e-5, name
 
 
-@pytest.mark.parametrize("implementation", ["xla", "pallas"])
+@pytest.mark.parametrize("implementation", [*BACKENDS, "pallas"])
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("window,sinks", [(1, 0), (1, 200), (7, 4), (100, 9), (150, 1), (260, 40), (400, 4)])
 def test_matches_reference(implementation, packed, window, sinks):
@@ -62,7 +63,7 @@ def test_matches_reference(implementation, packed, window, sinks):
     assert_matches_reference(inputs, jnp.int32(window), jnp.int32(sinks), segments, implementation)
 
 
-@pytest.mark.parametrize("implementation", ["xla", "pallas"])
+@pytest.mark.parametrize("implementation", [*BACKENDS, "pallas"])
 @pytest.mark.parametrize(
     "length,heads,static",
     [(1, (4, 2), (1, 0)), (37, (5, 5), (5, 2)), (269, (3, 1), (2**40, 0))],
@@ -121,7 +122,7 @@ def test_traced_window_and_sinks_compile_once(implementation):
     assert traces == [implementation, "reference"]
 
 
-@pytest.mark.parametrize("implementation", ["xla", "pallas"])
+@pytest.mark.parametrize("implementation", [*BACKENDS, "pallas"])
 def test_bfloat16(implementation):
     inputs = make_inputs(2, 269, 6, 3, dtype=jnp.bfloat16)
     got = outputs_and_gradients(*inputs, jnp.int32(30), jnp.int32(4), None, implementation=implementation)
@@ -130,6 +131,7 @@ def test_bfloat16(implementation):
     assert max(relative(a, b) for a, b in zip(got, want, strict=True)) < 1e-2
 
 
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="one of them serves here")
 @pytest.mark.parametrize("name", ["pallas", "triton"])
 def test_a_named_backend_is_never_replaced(name):
     with pytest.raises(NotImplementedError, match=name):

@@ -11,7 +11,8 @@ from pallas_kernels import FastWeights, MemoryState, init_memory_state, ttt_memo
 from pallas_kernels.ttt import reference
 
 pytestmark = pytest.mark.core
-BACKENDS = ("xla",)  # of the tests that need not run every one: interpreted kernels are slow
+GPU = ("triton",) if jax.default_backend() == "gpu" else ()  # elsewhere tests/test_triton.py interprets its kernels
+BACKENDS = ("xla", *GPU)  # of the tests that need not run every one: interpreted kernels are slow
 BATCH, DIM, HIDDEN, CHUNK = 3, 8, 12, 8
 NAMES = ("q", "k", "v", "lr", "momentum", "init", "state")
 
@@ -84,7 +85,10 @@ def assert_matches_reference(arguments, state, valid, reset, implementation, tol
             assert relative(a, b) < tolerance, name
 
 
-@pytest.mark.parametrize("heads,given,implementation", [(5, False, "xla"), (3, True, "xla"), (5, False, "pallas")])
+@pytest.mark.parametrize(
+    "heads,given,implementation",
+    [(heads, given, name) for name in BACKENDS for heads, given in ((5, False), (3, True))] + [(5, False, "pallas")],
+)
 def test_matches_reference_without_resets(implementation, heads, given):
     arguments, state = make_inputs(19, heads)
     valid = make_masks(19)[0] if given else None
@@ -92,7 +96,9 @@ def test_matches_reference_without_resets(implementation, heads, given):
 
 
 @pytest.mark.parametrize(
-    "length,seeds,implementation", [(1, 3, "xla"), (5, 5, "xla"), (27, 12, "xla"), (1, 2, "pallas"), (27, 3, "pallas")]
+    "length,seeds,implementation",
+    [(length, seeds, name) for name in BACKENDS for length, seeds in ((1, 3), (5, 5), (27, 12))]
+    + [(1, 2, "pallas"), (27, 3, "pallas")],
 )
 def test_matches_reference_with_everything_given(implementation, length, seeds):
     for seed in range(seeds):
@@ -125,7 +131,7 @@ def test_any_split_gives_the_same(implementation):
             assert relative(run(arguments, None, None, None, implementation=implementation), (whole, end)) < 1e-5
 
 
-@pytest.mark.parametrize("implementation", ["xla", "pallas", "reference"])
+@pytest.mark.parametrize("implementation", [*BACKENDS, "pallas", "reference"])
 def test_nothing_but_padding_leaves_the_state(implementation):
     arguments, state = make_inputs(27)
     valid, reset = np.zeros((2, BATCH, 27), bool)
@@ -238,6 +244,7 @@ def test_bfloat16(implementation):
     assert all(jnp.isfinite(x).all() for x in jax.tree.leaves(gradients))
 
 
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="one of them serves here")
 @pytest.mark.parametrize("name", ["pallas", "triton"])
 def test_a_named_backend_is_never_replaced(name):
     with pytest.raises(NotImplementedError, match=name):
