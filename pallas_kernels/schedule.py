@@ -117,10 +117,10 @@ def main() -> None:
 
 def _block(arguments: argparse.Namespace, backward: bool) -> dict[str, float]:
     """The block of the memory that `main` is about: its tokens, heads and floor."""
-    from pallas_kernels.ttt import pallas_tpu
+    from pallas_kernels.ttt import pallas_tpu, tpu_layout
 
     tiles, heads, hidden = pallas_tpu.Tiles(), max(512 // arguments.dim, 1), 2 * arguments.dim
-    layout = pallas_tpu.make_layout(
+    layout = tpu_layout.make_layout(
         (1, arguments.length, heads, arguments.dim), hidden, arguments.chunk, True, False,
         tiles.backward if backward else tiles.forward, tiles.vmem_bytes,
     )  # fmt: skip
