@@ -1,35 +1,42 @@
 """Which implementation of a kernel runs."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 
+from pallas_kernels import triton_call
+
 BACKENDS = ("xla", "pallas", "triton", "reference")
+SHORTEST_FOR_KERNELS = 16  # tokens; below, a kernel's blocks are mostly padding
 
 
-def check(op: str, implementation: str | None, reasons: dict[str, str | None]) -> None:
-    """Raises unless `implementation` can serve.
+def serving(op: str, implementation: str | None, q: jax.Array, pallas: str | None) -> tuple[str, ...]:
+    """Returns the backends to offer: the one that is named, or for None all that are worth it.
 
     Args:
       op: name of the kernel, for messages.
       implementation: one of `BACKENDS`, or None for the best.
-      reasons: backend -> why it cannot serve this call, or None.
+      q: [B, L, heads, D], of the call.
+      pallas: why the TPU kernels cannot serve the call, or None.
 
     Raises:
       NotImplementedError: the backend is known but cannot serve this call. A named backend is never replaced.
       ValueError: the name is unknown.
     """
-    if implementation is None:
-        return
-    if implementation not in BACKENDS:
+    if implementation not in (None, *BACKENDS):
         raise ValueError(f"{op}: implementation={implementation!r} is unknown; use None or one of {BACKENDS}")
-    reason = reasons.get(implementation)
-    if reason is not None:
+    triton = triton_call.unavailable() or triton_call.unsupported(q.shape[-1], q.dtype)
+    reasons = {"pallas": pallas, "triton": triton}
+    if implementation is None:
+        kernels = reasons if q.shape[1] >= SHORTEST_FOR_KERNELS else ()
+        return ("xla", *(name for name in kernels if reasons[name] is None))
+    if (reason := reasons.get(implementation)) is not None:
         raise NotImplementedError(
             f"{op}: implementation={implementation!r} cannot serve: {reason}; use 'xla', or None for the best"
         )
+    return (implementation,)
 
 
 def with_gradient(
@@ -57,12 +64,12 @@ def with_gradient(
     return function
 
 
-def run(implementation: str | None, functions: dict[str, Callable[..., Any]], *operands: Any) -> Any:
+def run(implementation: str | None, functions: Mapping[str, Callable[..., Any]], *operands: Any) -> Any:
     """Calls what `implementation` names, or for None the best for the platform that the code is lowered for.
 
     Args:
       implementation: None, "xla", "pallas" or "triton".
-      functions: what can serve, by those names; "xla" is always one.
+      functions: what can serve, by those names; "xla" is one unless another was named.
       operands: pytrees of arrays.
     """
     if implementation == "pallas" and not _interpreting():

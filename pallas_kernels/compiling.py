@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
-from pallas_kernels import topology, triton_call
+from pallas_kernels import topology
 from pallas_kernels.swa import swa_attention
 from pallas_kernels.ttt import FastWeights, ttt_memory
 
@@ -14,8 +14,6 @@ from pallas_kernels.ttt import FastWeights, ttt_memory
 def for_one_device(name: str, function: Any, *shapes: Any) -> jax.stages.Compiled:
     """Compiles a function of arrays of these shapes for one device of a topology, inside a fully manual shard_map."""
     mesh = topology.mesh(name)
-    if name == "h100":
-        triton_call.capability = 90
     manual = jax.shard_map(function, mesh=mesh, in_specs=PartitionSpec(), out_specs=PartitionSpec(), check_vma=False)
     everywhere = NamedSharding(mesh, PartitionSpec())
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), shapes)

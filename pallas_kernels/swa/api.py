@@ -11,10 +11,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import backends, triton_call
+from pallas_kernels import backends
 from pallas_kernels.swa import pallas_tpu, reference, xla
-
-SHORTEST_FOR_KERNELS = 16  # tokens; below, a kernel's blocks are mostly padding
 
 
 def swa_attention(
@@ -56,21 +54,16 @@ def swa_attention(
     _check(q, k, v, segment_ids)
     _check_count("window", window, 1)
     _check_count("sinks", sinks, 0)
-    reasons = {
-        "pallas": pallas_tpu.why_not(q),
-        "triton": triton_call.unavailable() or triton_call.unsupported(q.shape[-1], q.dtype),
-    }
-    backends.check("swa_attention", implementation, reasons)
+    serving = backends.serving("swa_attention", implementation, q, pallas_tpu.why_not(q))
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     if implementation == "reference":
         return reference.swa_attention(q, k, v, window=window, sinks=sinks, segment_ids=segment_ids, scale=scale)
-    functions: dict[str, Callable[..., Any]] = {
-        "xla": functools.partial(_xla, xla.choose_blocks(q.shape[1], window, sinks), scale)
-    }
-    long = q.shape[1] >= SHORTEST_FOR_KERNELS
-    if implementation == "pallas" or (long and reasons["pallas"] is None):
+    functions: dict[str, Callable[..., Any]] = {}
+    if "xla" in serving:
+        functions["xla"] = functools.partial(_xla, xla.choose_blocks(q.shape[1], window, sinks), scale)
+    if "pallas" in serving:
         functions["pallas"] = functools.partial(_pallas, pallas_tpu.choose_blocks(q, k, window, sinks), scale)
-    if implementation == "triton" or (long and reasons["triton"] is None):
+    if "triton" in serving:
         blocks, function = _triton()
         functions["triton"] = functools.partial(function, blocks(q.shape[-1], q.dtype), scale)
     window, sinks = _bounded(window, q.shape[1]), _bounded(sinks, q.shape[1])

@@ -24,6 +24,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels.swa import documents
+
 MASKED = -1e30
 LANES = 128
 STEPS = 8
@@ -352,8 +354,7 @@ def _plan(blocks, length, window, sinks, segment_ids) -> Plan:
     index = jnp.arange(n * blocks.query, dtype=jnp.int32)
     starts = jnp.zeros((1, index.size), jnp.int32)
     if segment_ids is not None:
-        new = jnp.pad(segment_ids[:, 1:] != segment_ids[:, :-1], [(0, 0), (1, 0)], constant_values=True)
-        starts = jax.lax.cummax(jnp.where(new, index[:length], 0), axis=1)
+        starts, _ = documents.spans(segment_ids)
         starts = jnp.where(segment_ids == 0, index[:length], starts)  # a token of padding sees itself
         rest = jnp.broadcast_to(index[length:], (starts.shape[0], index.size - length))
         starts = jnp.concatenate([starts, rest], axis=1)

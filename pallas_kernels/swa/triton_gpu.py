@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 
 from pallas_kernels import triton_call
+from pallas_kernels.swa import documents
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,9 +117,7 @@ def _plan(tile, length, window, sinks, segment_ids) -> tuple[jax.Array, jax.Arra
     (not below the stop), and which of those need no mask, from and to. The last block stops with its last query.
     """
     index = jnp.arange(length, dtype=jnp.int32)
-    new = jnp.zeros((1, length - 1), bool) if segment_ids is None else segment_ids[:, 1:] != segment_ids[:, :-1]
-    start = jax.lax.cummax(jnp.where(jnp.pad(new, [(0, 0), (1, 0)]), index, 0), axis=1)
-    end = jax.lax.cummin(jnp.where(jnp.pad(new, [(0, 0), (0, 1)]), index + 1, length), axis=1, reverse=True)
+    start, end = documents.spans(jnp.ones((1, length), jnp.int32) if segment_ids is None else segment_ids)
     limit = jnp.where(index - start < sinks, end, jnp.minimum(end, index + window))
 
     begin = jnp.arange(0, length, tile.rows, dtype=jnp.int32)

@@ -14,6 +14,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.swa import documents
+
 MASKED = -1e30
 
 
@@ -209,9 +211,7 @@ def _arrange(blocks, q, k, v, segment_ids):
     keys, values = (jnp.pad(jnp.swapaxes(x, 1, 2), [(0, 0), (0, 0), (0, padding), (0, 0)]) for x in (k, v))
     starts = jnp.zeros((batch, length), jnp.int32)
     if segment_ids is not None:
-        index = jnp.arange(length, dtype=jnp.int32)
-        new = segment_ids[:, 1:] != segment_ids[:, :-1]
-        starts = jax.lax.cummax(jnp.where(jnp.pad(new, [(0, 0), (1, 0)]), index, 0), axis=1)
+        starts, _ = documents.spans(segment_ids)
     starts = jnp.pad(starts, [(0, 0), (0, padding)], mode="edge")
     return queries, keys, values, jnp.moveaxis(starts.reshape(batch, -1, blocks.query), 1, 0)
 

@@ -9,11 +9,9 @@ import importlib
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import backends, triton_call
+from pallas_kernels import backends
 from pallas_kernels.ttt import pallas_tpu, reference, xla
 from pallas_kernels.ttt.types import FastWeights, MemoryState, init_memory_state
-
-SHORTEST_FOR_KERNELS = 16  # tokens; below, a kernel's blocks are mostly padding
 
 
 def ttt_memory(
@@ -61,11 +59,7 @@ def ttt_memory(
       NotImplementedError: a named backend that cannot serve, with the reason; it is never replaced by another.
     """
     _check(q, k, v, lr, momentum, init, state, chunk_size, valid, reset)
-    reasons = {
-        "pallas": pallas_tpu.why_not(q.dtype),
-        "triton": triton_call.unavailable() or triton_call.unsupported(q.shape[-1], q.dtype),
-    }
-    backends.check("ttt_memory", implementation, reasons)
+    serving = backends.serving("ttt_memory", implementation, q, pallas_tpu.why_not(q.dtype))
     aligned = state is None
     dtype = jnp.promote_types(q.dtype, jnp.float32)
     state = init_memory_state(init, q.shape[0]) if state is None else state
@@ -74,13 +68,8 @@ def ttt_memory(
         valid = jnp.ones(q.shape[:2], bool) if valid is None else valid
         reset = jnp.zeros(q.shape[:2], bool) if reset is None else reset
         return reference.ttt_memory(q, k, v, lr, momentum, init, state, chunk_size=chunk_size, valid=valid, reset=reset)
-    functions = {"xla": _xla}
-    long = q.shape[1] >= SHORTEST_FOR_KERNELS
-    if implementation == "pallas" or (long and reasons["pallas"] is None):
-        functions["pallas"] = _pallas
-    if implementation == "triton" or (long and reasons["triton"] is None):
-        functions["triton"] = _triton()
-    functions = {name: functools.partial(f, chunk_size, aligned) for name, f in functions.items()}
+    found = {name: _triton() if name == "triton" else {"xla": _xla, "pallas": _pallas}[name] for name in serving}
+    functions = {name: functools.partial(function, chunk_size, aligned) for name, function in found.items()}
     return backends.run(implementation, functions, (q, k, v, lr, momentum), init, state, valid, reset)
 
 

@@ -63,12 +63,9 @@ def forward(chunk_size, aligned, tokens, init, state, valid, reset, *, tiles=Til
       save: whether `backward` will be called; without, the residuals are None.
     """
     q, k, v, lr, momentum = tokens
-    single = aligned and valid is None and reset is None
-    layout = tpu_layout.make_layout(
-        q.shape, init.gate.shape[-2], chunk_size, single, reset is not None, tiles.forward, tiles.vmem_bytes
+    layout, plan, work = _prepare(
+        chunk_size, aligned, q, init, valid, reset, state.count, tiles.forward, tiles.vmem_bytes
     )
-    plan = tpu_layout.plan_of(layout, chunk_size, q.shape[:2], valid, reset, state.count)
-    work = visits.make_visits(plan, layout.phases)
     means, momentum_sum = tpu_layout.means_of(layout, chunk_size, plan, momentum, state.momentum_sum)
     arrays = [
         *(tpu_layout.to_blocks(layout, x) for x in (q, k, v)),
@@ -89,12 +86,7 @@ def backward(chunk_size, aligned, residuals, cotangents, *, tiles=Tiles()):
     tokens, init, valid, reset, momentum_sum, count, saved = residuals
     d_out, d_state = cotangents
     q, k, v, lr, momentum = tokens
-    single = aligned and valid is None and reset is None
-    layout = tpu_layout.make_layout(
-        q.shape, init.gate.shape[-2], chunk_size, single, reset is not None, tiles.backward, tiles.vmem_bytes
-    )
-    plan = tpu_layout.plan_of(layout, chunk_size, q.shape[:2], valid, reset, count)
-    work = visits.make_visits(plan, layout.phases)
+    layout, plan, work = _prepare(chunk_size, aligned, q, init, valid, reset, count, tiles.backward, tiles.vmem_bytes)
     (means, _), pull_means = jax.vjp(
         lambda m, s: tpu_layout.means_of(layout, chunk_size, plan, m, s), momentum, momentum_sum
     )
@@ -117,6 +109,16 @@ def backward(chunk_size, aligned, residuals, cotangents, *, tiles=Tiles()):
     no_cotangent: Any = np.zeros(count.shape, jax.dtypes.float0)
     d_state = MemoryState._make((*d_floats, d_momentum_sum, no_cotangent))
     return (d_q, d_k, d_v, d_lr, d_momentum), d_init, d_state
+
+
+def _prepare(chunk_size, aligned, q, init, valid, reset, count, most, vmem_bytes):
+    """Returns the layout of a pass with blocks of at most `most` tokens, its plan and its visits."""
+    single = aligned and valid is None and reset is None
+    layout = tpu_layout.make_layout(
+        q.shape, init.gate.shape[-2], chunk_size, single, reset is not None, most, vmem_bytes
+    )
+    plan = tpu_layout.plan_of(layout, chunk_size, q.shape[:2], valid, reset, count)
+    return layout, plan, visits.make_visits(plan, layout.phases)
 
 
 # The kernels.
@@ -274,49 +276,47 @@ def _has(word, bit):
 
 
 def _call_forward(layout, save, work, arrays):
-    batch, dtype = arrays[0].shape[0], arrays[0].dtype
     token, rate, lane, fast, slot = _specs(layout, lambda step, total: step)
-    fixed = _fast_shape(layout, batch, 1)
-    shapes = [jax.ShapeDtypeStruct(arrays[0].shape, dtype)]
-    shapes += [_fast_shape(layout, batch, layout.slots)] * 2 * save + [fixed] * 3
-    return pl.pallas_call(
-        functools.partial(_forward_kernel, layout, save),
-        out_shape=shapes,
-        grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=3,
-            grid=_grid(layout, batch, work),
-            in_specs=[token] * 3 + [rate, lane, fast(shared=True)] + [fast()] * 3,
-            out_specs=[token] + [slot] * 2 * save + [fast()] * 3,
-            scratch_shapes=[*[_weights(layout)] * 4, _weights(layout, 2, dtype)],
-        ),
-        compiler_params=pltpu.CompilerParams(dimension_semantics=SEMANTICS, vmem_limit_bytes=layout.vmem_bytes),
-        name="ttt_memory_forward",
-    )(*work, *arrays)
+    batch, saved = arrays[0].shape[0], 2 if save else 0
+    shapes = [jax.ShapeDtypeStruct(arrays[0].shape, arrays[0].dtype)]
+    shapes += [_fast_shape(layout, batch, layout.slots)] * saved + [_fast_shape(layout, batch, 1)] * 3
+    return _call(
+        functools.partial(_forward_kernel, layout, save), "ttt_memory_forward", layout, work, arrays, shapes,
+        in_specs=[token] * 3 + [rate, lane, fast(shared=True)] + [fast()] * 3,
+        out_specs=[token] + [slot] * saved + [fast()] * 3,
+        scratch=(4, 2),
+    )  # fmt: skip
 
 
 def _call_backward(layout, work, arrays):
-    batch, dtype = arrays[0].shape[0], arrays[0].dtype
     token, rate, lane, fast, slot = _specs(layout, lambda step, total: total[0] - 1 - step)
     shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (*arrays[:3], *arrays[4:6])]
-    shapes += [_fast_shape(layout, batch, 1)] * 4
+    shapes += [_fast_shape(layout, arrays[0].shape[0], 1)] * 4
+    return _call(
+        functools.partial(_backward_kernel, layout), "ttt_memory_backward", layout, work, arrays, shapes,
+        in_specs=[token] * 4 + [rate, lane, fast(shared=True)] + [slot] * 2 + [fast()] * 3,
+        out_specs=[token] * 3 + [rate, lane] + [fast()] * 4,
+        scratch=(7, 3),
+    )  # fmt: skip
+
+
+def _call(kernel, name, layout, work, arrays, shapes, *, in_specs, out_specs, scratch):
+    """Runs a kernel over rows, packs and visits; `scratch` counts weights in float32 and in the tokens' dtype."""
+    wide, (exact, cast) = (3, *layout.wide), scratch
+    steps = layout.blocks if layout.phases == 1 else work.total[0]
     return pl.pallas_call(
-        functools.partial(_backward_kernel, layout),
+        kernel,
         out_shape=shapes,
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=3,
-            grid=_grid(layout, batch, work),
-            in_specs=[token] * 4 + [rate, lane, fast(shared=True)] + [slot] * 2 + [fast()] * 3,
-            out_specs=[token] * 3 + [rate, lane] + [fast()] * 4,
-            scratch_shapes=[*[_weights(layout)] * 7, _weights(layout, 3, dtype)],
+            grid=(arrays[0].shape[0], layout.heads // layout.pack, steps),
+            in_specs=in_specs,
+            out_specs=out_specs,
+            scratch_shapes=[pltpu.VMEM(wide, jnp.float32)] * exact + [pltpu.VMEM((cast, *wide), arrays[0].dtype)],
         ),
         compiler_params=pltpu.CompilerParams(dimension_semantics=SEMANTICS, vmem_limit_bytes=layout.vmem_bytes),
-        name="ttt_memory_backward",
+        name=name,
     )(*work, *arrays)
-
-
-def _grid(layout, batch, work):
-    steps = layout.blocks if layout.phases == 1 else work.total[0]
-    return batch, layout.heads // layout.pack, steps
 
 
 def _specs(layout, order):
@@ -347,8 +347,3 @@ def _specs(layout, order):
 
 def _fast_shape(layout, batch, slots):
     return jax.ShapeDtypeStruct((batch, layout.heads, slots, 3, layout.dim, layout.hidden), jnp.float32)
-
-
-def _weights(layout, *lead_and_dtype):
-    *lead, dtype = lead_and_dtype or (jnp.float32,)
-    return pltpu.VMEM((*lead, 3, *layout.wide), dtype)
