@@ -1,7 +1,7 @@
 """Which implementation of a kernel runs."""
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import jax
@@ -12,14 +12,17 @@ BACKENDS = ("xla", "pallas", "triton", "reference")
 SHORTEST_FOR_KERNELS = 16  # tokens; below, a kernel's blocks are mostly padding
 
 
-def serving(op: str, implementation: str | None, q: jax.Array, pallas: str | None) -> tuple[str, ...]:
+def serving(
+    op: str, implementation: str | None, q: jax.Array, pallas: str | None, worth: Collection[str] | None = None
+) -> tuple[str, ...]:
     """Returns the backends to offer: the one that is named, or for None all that are worth it.
 
     Args:
       op: name of the kernel, for messages.
       implementation: one of `BACKENDS`, or None for the best.
-      q: [B, L, heads, D], of the call.
+      q: [B, L, heads, D], of the call; [B, heads, D] where `worth` is given.
       pallas: why the TPU kernels cannot serve the call, or None.
+      worth: kernels that are faster than plain JAX here; None means all of them for rows that are not short.
 
     Raises:
       NotImplementedError: the backend is known but cannot serve this call. A named backend is never replaced.
@@ -30,8 +33,9 @@ def serving(op: str, implementation: str | None, q: jax.Array, pallas: str | Non
     triton = triton_call.unavailable() or triton_call.unsupported(q.shape[-1], q.dtype)
     reasons = {"pallas": pallas, "triton": triton}
     if implementation is None:
-        kernels = reasons if q.shape[1] >= SHORTEST_FOR_KERNELS else ()
-        return ("xla", *(name for name in kernels if reasons[name] is None))
+        if worth is None:
+            worth = reasons if q.shape[1] >= SHORTEST_FOR_KERNELS else ()
+        return ("xla", *(name for name in worth if reasons[name] is None))
     if (reason := reasons.get(implementation)) is not None:
         raise NotImplementedError(
             f"{op}: implementation={implementation!r} cannot serve: {reason}; use 'xla', or None for the best"

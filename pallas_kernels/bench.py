@@ -3,8 +3,8 @@
     python -m pallas_kernels.bench                       # a GPU or this CPU: times; writes out/kernel_bench.json
     python -m pallas_kernels.bench --tpu v5e v6e         # no TPU needed: the compiler's schedule of every kernel
 
-A kernel is compared with the reference first, and one that fails is not timed. On a GPU the whole set takes less than
-8 minutes; on a CPU the shapes are small and the figures are ratios.
+A kernel is compared with the reference first, for a schedule by interpreting it, and one that fails ends the program.
+On a GPU the whole set takes less than 8 minutes; on a CPU the shapes are small and the figures are ratios.
 
 Axes: B batch, L tokens, Hq and Hkv heads of attention, N heads of the memory, D head dim.
 """
@@ -24,12 +24,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.swa import swa_attention
+from pallas_kernels.swa import swa_attention, swa_decode
 from pallas_kernels.ttt import FastWeights, ttt_memory
 
 TOLERANCE = {"bfloat16": 1e-2, "float32": 1e-5}  # relative norm
 SINKS = 128
+DECODE_SLOTS = 4096 + SINKS  # of the cache whose schedule is read
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,6 +71,7 @@ def main() -> None:
         jax.config.update("jax_platforms", "cpu")
     found: dict[str, Any] = {"machine": _machine()}
     if arguments.tpu is not None:
+        found["checks"] = _check_interpreted(arguments.dims)
         found["schedules"] = _schedules(arguments.tpu or ["v5e", "v5p", "v6e", "tpu7x"], arguments.dims)
     else:
         platform = jax.default_backend()
@@ -96,9 +99,10 @@ def _schedules(devices: list[str], dims: list[int]) -> list[dict[str, Any]]:
     """One line for each kernel, from a process of its own, as the compiler's options are read once."""
     lines = []
     for device in devices:
-        for kernel in ("memory", "attention"):
+        for kernel in ("memory", "attention", "decode"):
             for dim in dims:
                 command = [sys.executable, "-m", "pallas_kernels.schedule", device, kernel, "--dim", str(dim)]
+                command += ["--length", str(DECODE_SLOTS)] if kernel == "decode" else []
                 run = subprocess.run(command, capture_output=True, text=True, check=False)
                 if run.returncode:
                     raise SystemExit(f"{' '.join(command)} failed:\n{run.stderr[-3000:]}")
@@ -126,10 +130,21 @@ def _check(implementation: str, shapes: Shapes) -> dict[str, float]:
     arguments = _memory_inputs(1, 384, *shapes.memory[2:4], dtype)
     remember = lambda name: lambda *x: ttt_memory(*x, chunk_size=128, implementation=name)[0]  # noqa: E731
     errors["memory"] = _error(remember(implementation), remember("reference"), arguments)
+    errors["decode"] = _error(_decode(implementation), _decode("reference"), _decode_inputs(4, 384, shapes, dtype))
     for kernel, error in errors.items():
         print(f"{kernel}: {implementation} differs from the reference by {error:.1e}", flush=True)
         if not error < TOLERANCE[shapes.dtype]:
-            raise SystemExit(f"{kernel} is wrong: {error:.1e} is over {TOLERANCE[shapes.dtype]}; nothing is timed")
+            raise SystemExit(f"{kernel} is wrong: {error:.1e} is over {TOLERANCE[shapes.dtype]}; nothing is measured")
+    return errors
+
+
+def _check_interpreted(dims: list[int]) -> dict[str, dict[str, float]]:
+    """`_check` of the TPU kernels as they are interpreted, at every head dim."""
+    errors = {}
+    for dim in dims:
+        shapes = dataclasses.replace(GPU, memory=(1, 384, 2, dim, 128), attention=(1, 4, 2, dim))
+        with pltpu.force_tpu_interpret_mode():
+            errors[str(dim)] = _check("pallas", shapes)
     return errors
 
 
@@ -199,21 +214,20 @@ def _times(shapes: Shapes, platform: str) -> list[dict[str, Any]]:
 def measure_decode(measure: Callable[..., None], shapes: Shapes, dtype: Any) -> None:
     """One token a row: attention to the whole context, and to a ring of window and sinks with one step of memory."""
     batch, context = shapes.decode
-    _, heads, kv_heads, dim = shapes.attention
-    window = min(shapes.windows)
-    query = _normal(0, (batch, 1, heads, dim), dtype)
-
-    def attend(query, keys, values):
-        return jax.nn.dot_product_attention(query, keys, values)
-
-    def ours(query, keys, values, memory):
-        return attend(query, keys, values), remember(*memory)
-
-    remember = _memory_call(None, shapes.memory[4])
     memory = _memory_inputs(batch, 1, *shapes.memory[2:4], dtype)
-    cache = lambda tokens: tuple(_normal(seed, (batch, tokens, kv_heads, dim), dtype) for seed in (1, 2))  # noqa: E731
-    measure(f"decode {shapes.decode}", "full", attend, (query, *cache(context)))
-    measure(f"decode {shapes.decode}", "ours", ours, (query, *cache(window + SINKS), memory))
+    remember = _memory_call(None, shapes.memory[4])
+
+    def full(q, k, v, keys, values):
+        return jax.nn.dot_product_attention(q[:, None], keys, values)
+
+    def ours(*arguments):
+        return _decode(None)(*arguments[:5]), remember(*arguments[5:])
+
+    ring = _decode_inputs(batch, min(shapes.windows) + SINKS, shapes, dtype)
+    measure(f"decode {shapes.decode}", "full", full, _decode_inputs(batch, context, shapes, dtype))
+    measure(f"decode {shapes.decode}", "ours", ours, (*ring, *memory))
+    for name in ("best", "xla"):
+        measure(f"decode, attention alone {ring[3].shape}", name, _decode(None if name == "best" else name), ring)
 
 
 def _layer_ratios(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -242,6 +256,18 @@ def _length(case: str) -> int:
 
 def _memory_call(implementation: str | None, chunk: int) -> Callable[..., Any]:
     return lambda *arguments: ttt_memory(*arguments, chunk_size=chunk, implementation=implementation)[0]
+
+
+def _decode(implementation: str | None) -> Callable[..., Any]:
+    """`swa_decode` where every row's ring is full and has gone round, each row in a phase of its own."""
+
+    def decode(q, k, v, keys, values):
+        count = keys.shape[1]
+        position = 2 * count + 37 * jnp.arange(q.shape[0])
+        sizes = {"sink_slots": SINKS, "window": count - SINKS, "sinks": SINKS}
+        return swa_decode(q, k, v, keys, values, position, **sizes, implementation=implementation)
+
+    return decode
 
 
 def _windowed(implementation: str | None, window: int) -> Callable[..., Any]:
@@ -323,6 +349,13 @@ def _normal(seed: int, shape: tuple[int, ...], dtype: Any) -> jax.Array:
 
 def _attention_inputs(batch, length, heads, kv_heads, dim, dtype):
     return tuple(_normal(seed, (batch, length, h, dim), dtype) for seed, h in enumerate((heads, kv_heads, kv_heads)))
+
+
+def _decode_inputs(batch, slots, shapes, dtype):
+    """A token's q, k and v, and the cache's keys and values."""
+    _, heads, kv_heads, dim = shapes.attention
+    sizes = ((batch, heads, dim), *((batch, kv_heads, dim),) * 2, *((batch, slots, kv_heads, dim),) * 2)
+    return tuple(_normal(seed, size, dtype) for seed, size in enumerate(sizes))
 
 
 def _memory_inputs(batch, length, heads, dim, dtype):

@@ -1,4 +1,4 @@
-"""Kernels compiled ahead of time for a device that need not be there, forward and backward."""
+"""Kernels compiled ahead of time for a device that need not be there: forward and backward, and the decode step."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
 from pallas_kernels import topology
-from pallas_kernels.swa import swa_attention
+from pallas_kernels.swa import swa_attention, swa_decode
 from pallas_kernels.ttt import FastWeights, ttt_memory
 
 
@@ -51,6 +51,22 @@ def attention(
         return jnp.sum(out.astype(jnp.float32))
 
     return for_one_device(name, jax.grad(loss, (0, 1, 2)), q, k, k, size, size, segments)
+
+
+def decode(
+    name: str, dim: int, dtype: str, slots: int, *, groups: int = 2, kv_heads: int = 8, batch: int = 8
+) -> jax.stages.Compiled:
+    """`swa_decode` for any window and sinks of a cache of that many slots, 128 of them for sinks."""
+    q, k = (_array(batch, heads, dim, dtype=jnp.dtype(dtype)) for heads in (kv_heads * groups, kv_heads))
+    cache = _array(batch, slots, kv_heads, dim, dtype=jnp.dtype(dtype))
+    size = _array(dtype=jnp.int32)
+    implementation = "triton" if name == "h100" else "pallas"
+
+    def step(q, k, v, keys, values, position, window, sinks):
+        sizes = {"sink_slots": 128, "window": window, "sinks": sinks}
+        return swa_decode(q, k, v, keys, values, position, **sizes, implementation=implementation)
+
+    return for_one_device(name, step, q, k, k, cache, cache, _array(batch, dtype=jnp.int32), size, size)
 
 
 def _array(*shape: int, dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:

@@ -2,11 +2,13 @@
 
     python -m pallas_kernels.schedule v6e memory --dim 64 --chunk 2048
     python -m pallas_kernels.schedule v5e attention --dim 128 --dtype float32
+    python -m pallas_kernels.schedule v5e decode --dim 128 --length 4224 --kv-heads 8
 
 Bodies of loops count once and branches one after the other, so `bundles` is the length of the program, not its time.
 `main` is what lies between the first and the last bundle that uses a matrix unit: the work on one block of tokens (of
 attention, both ways to treat a block: with a mask and without). `floor` is what the matrix units alone would need for
-the memory's products on such a block, all of them busy in every cycle.
+the memory's products on such a block, all of them busy in every cycle; of the decode step it is what HBM needs to give
+a block of the cache, and `main` has to be less.
 """
 
 import argparse
@@ -20,6 +22,8 @@ from typing import Any
 
 # Of a core: (side of a matrix unit, units, rows that each takes in a cycle of bfloat16), from the published peaks.
 UNITS = {"v5e": (128, 4, 1), "v5p": (128, 4, 1), "v6e": (256, 2, 2), "tpu7x": (256, 2, 2)}
+# Of a core: bytes that HBM gives in a cycle, from the published bandwidths and the clocks that those peaks imply.
+HBM = {"v5e": 546, "v5p": 790, "v6e": 937, "tpu7x": 1677}
 SUFFIX = "final_hlo-static-per-bundle-utilization.txt"
 
 
@@ -85,11 +89,12 @@ def memory_floor(device: str, tokens: int, width: int, wide: int, backward: bool
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("device", help="v5e, v5p, v6e, tpu7x, or libtpu's name of a topology")
-    parser.add_argument("kernel", choices=("memory", "attention"))
+    parser.add_argument("kernel", choices=("memory", "attention", "decode"))
     parser.add_argument("--dim", type=int, default=64, help="of a head")
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
     parser.add_argument("--chunk", type=int, default=2048, help="tokens per update of the memory")
-    parser.add_argument("--length", type=int, default=32768, help="tokens of a row")
+    parser.add_argument("--length", type=int, default=32768, help="tokens of a row, or slots of a cache")
+    parser.add_argument("--kv-heads", type=int, default=8, help="key heads of the decode step")
     return parser.parse_args()
 
 
@@ -105,13 +110,17 @@ def main() -> None:
         shape = (arguments.device, arguments.dim, arguments.dtype, arguments.length)
         if arguments.kernel == "memory":
             compiled = compiling.memory(*shape, arguments.chunk)
-        else:
+        elif arguments.kernel == "attention":
             compiled = compiling.attention(*shape)
+        else:
+            compiled = compiling.decode(*shape, kv_heads=arguments.kv_heads)
         analysis: Any = compiled.memory_analysis()
         for schedule in read(pathlib.Path(folder), "ttt" if arguments.kernel == "memory" else "swa"):
             line = vars(arguments) | {"temporary_bytes": analysis.temp_size_in_bytes} | dataclasses.asdict(schedule)
             if arguments.kernel == "memory" and arguments.dtype == "bfloat16" and arguments.device in UNITS:
                 line |= _block(arguments, "backward" in schedule.kernel)
+            if arguments.kernel == "decode" and arguments.device in HBM:
+                line |= _slots(arguments)
             print(json.dumps(line), flush=True)
 
 
@@ -119,13 +128,26 @@ def _block(arguments: argparse.Namespace, backward: bool) -> dict[str, float]:
     """The block of the memory that `main` is about: its tokens, heads and floor."""
     from pallas_kernels.ttt import pallas_tpu, tpu_layout
 
-    tiles, heads, hidden = pallas_tpu.Tiles(), max(512 // arguments.dim, 1), 2 * arguments.dim
+    tiles = pallas_tpu.TILES[arguments.device.removeprefix("tpu")]
+    heads, hidden = max(512 // arguments.dim, 1), 2 * arguments.dim
     layout = tpu_layout.make_layout(
         (1, arguments.length, heads, arguments.dim), hidden, arguments.chunk, True, False,
         tiles.backward if backward else tiles.forward, tiles.vmem_bytes,
     )  # fmt: skip
     floor = memory_floor(arguments.device, layout.tokens, *layout.wide, backward)
     return {"tokens": layout.tokens, "heads": layout.pack, "floor": floor}
+
+
+def _slots(arguments: argparse.Namespace) -> dict[str, float]:
+    """The block of the cache that `main` is about: its slots, and the cycles in which HBM gives its keys and values."""
+    import jax
+
+    from pallas_kernels.swa import decode_tpu
+
+    cache = jax.ShapeDtypeStruct((1, arguments.length, arguments.kv_heads, arguments.dim), arguments.dtype)
+    size = decode_tpu.block_slots(cache)
+    bytes_read = 2 * size * arguments.kv_heads * arguments.dim * cache.dtype.itemsize
+    return {"tokens": size, "floor": bytes_read / HBM[arguments.device]}
 
 
 if __name__ == "__main__":

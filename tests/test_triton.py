@@ -21,6 +21,7 @@ import triton.language as tl
 from triton.runtime import interpreter
 
 from pallas_kernels import triton_call
+from pallas_kernels.swa import decode_triton
 from pallas_kernels.swa import reference as swa_reference
 from pallas_kernels.swa import triton_gpu as swa_triton
 from pallas_kernels.ttt import reference as ttt_reference
@@ -132,6 +133,36 @@ def check_attention(dtype, packed, window, sinks, blocks, heads, dim):
     for name, a, b in zip(("out", "q", "k", "v"), got, want, strict=True):
         assert a.dtype == dtype
         assert relative(a, b, least) < TOLERANCE[jnp.dtype(dtype).type], name
+
+
+@pytest.mark.parametrize(
+    "dtype,sink_slots,count,heads,dim,window,sinks",
+    [
+        (jnp.float32, 0, 13, (2, 2), 8, 13, 0),
+        (jnp.float32, 3, 141, (3, 1), 16, 26, 2),
+        (jnp.float32, 5, 270, (4, 1), 12, 300, 5),
+        (jnp.bfloat16, 4, 333, (6, 2), 64, 90, 4),
+        (jnp.bfloat16, 1, 100, (2, 1), 32, 1, 1),
+    ],
+)
+def test_decode_matches_reference(dtype, sink_slots, count, heads, dim, window, sinks):
+    rng = np.random.default_rng(0)
+    position = jnp.asarray([0, 1, count // 2, count, 2 * count + 7], jnp.int32)
+    rows = len(position)
+    shapes = ((rows, heads[0], dim), *[(rows, heads[1], dim)] * 2, *[(rows, count, heads[1], dim)] * 2)
+    arrays = [jnp.asarray(rng.normal(size=shape), dtype) for shape in shapes]
+    limits = position, jnp.int32(window), jnp.int32(sinks)
+    got = jax.jit(decode_triton.decode, static_argnums=(0, 1))(sink_slots, 0.3, *arrays, *limits)
+    want = swa_reference.swa_decode(sink_slots, 0.3, *(x.astype(jnp.float32) for x in arrays), *limits)
+    assert got.dtype == dtype
+    assert relative(got, want) < TOLERANCE[jnp.dtype(dtype).type]
+
+
+def test_small_batches_are_cut_into_parts():
+    for heads, count, block in ((1, 4224, 64), (8, 4224, 64), (256, 4224, 64), (1, 100, 64), (8, 131200, 128)):
+        parts = decode_triton.parts_of(heads, count, block)
+        assert 1 <= parts <= decode_triton.MOST_PARTS and (parts == 1 or count // parts >= 2 * block)
+        assert parts == 1 or heads * parts < 2 * decode_triton.PROGRAMS
 
 
 def make_weights(rng, *lead, hidden, dim):

@@ -24,6 +24,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels import tpu_kind
 from pallas_kernels.swa import documents
 
 MASKED = -1e30
@@ -80,6 +81,36 @@ class Blocks:
         return padded // self.query, padded // self.key
 
 
+@dataclasses.dataclass(frozen=True)
+class Tiles:
+    """Sizes that decide speed and never the result, in bfloat16; float32 takes half of both.
+
+    Attributes:
+      columns: most columns of a query block, R.
+      keys: most tokens of a key block.
+    """
+
+    columns: int = 1024
+    keys: int = 512
+
+    def __post_init__(self):
+        for name in ("columns", "keys"):
+            if (size := getattr(self, name)) < 2 * LANES or size & (size - 1):
+                raise ValueError(f"{name}={size} must be a power of two of at least {2 * LANES}")
+        if self.keys > STEPS * LANES:
+            raise ValueError(f"keys={self.keys} is over {STEPS * LANES}, which a list of visits cannot name")
+
+
+# By chip, from the compiler's schedules: twice the columns save at most 6% of a score's bundles, and windows then cost
+# more, as a block of queries sees all keys from its first one's to its last one's.
+TILES = {
+    "v5e": Tiles(columns=1024, keys=512),
+    "v5p": Tiles(columns=1024, keys=512),
+    "v6e": Tiles(columns=1024, keys=512),
+    "7x": Tiles(columns=1024, keys=512),
+}
+
+
 def why_not(q) -> str | None:
     """Returns why q [B, L, Hq, D] cannot be served, or None."""
     if q.dtype not in (jnp.float32, jnp.bfloat16):
@@ -92,12 +123,14 @@ def why_not(q) -> str | None:
 def choose_blocks(q, k, window, sinks) -> Blocks:
     """Returns sizes for arrays that `why_not` admits; traced window and sinks may then take any value.
 
-    Large tiles keep the matrix unit busy; beyond about 1024 columns of 512 keys they gain no more, and tiles longer
-    than a narrow window are mostly hidden. In float32 a tile takes six passes, and smaller ones keep it busy.
+    Large tiles keep the matrix unit busy, up to those of `TILES`, and tiles longer than a narrow window are mostly
+    hidden. In float32 a tile takes six passes, and smaller ones keep it busy.
     """
+    tiles = tpu_kind.choose(TILES, Tiles())
     length, group = q.shape[1], q.shape[2] // k.shape[2]
     largest = min(length, max(window, 256)) if isinstance(window, int) else length
-    most_columns, most_keys = (1024, 512) if q.dtype == jnp.bfloat16 else (512, 256)
+    share = 1 if q.dtype == jnp.bfloat16 else 2
+    most_columns, most_keys = tiles.columns // share, tiles.keys // share
     query, key = LANES, LANES
     while query < largest and 2 * query * group <= most_columns:
         query *= 2

@@ -19,6 +19,7 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels import tpu_kind
 from pallas_kernels.ttt import tpu_block, tpu_layout, visits
 from pallas_kernels.ttt.types import MemoryState
 
@@ -47,6 +48,21 @@ class Tiles:
             raise ValueError(f"vmem_bytes={self.vmem_bytes} is less than a MiB")
 
 
+# By chip, from the compiler's schedules of blocks of 128 to 1024 tokens in bfloat16: the smaller of two sizes, unless
+# the larger needs 2% fewer bundles a token.
+TILES = {
+    "v5e": Tiles(forward=512, backward=256),
+    "v5p": Tiles(forward=1024, backward=256),
+    "v6e": Tiles(forward=512, backward=512),
+    "7x": Tiles(forward=512, backward=512),
+}
+
+
+def choose_tiles() -> Tiles:
+    """Returns the tiles of the chip that is traced for, those of the default for one that is not known."""
+    return tpu_kind.choose(TILES, Tiles())
+
+
 def why_not(dtype) -> str | None:
     """Returns why tokens of this dtype cannot be served, or None."""
     if dtype in (jnp.float32, jnp.bfloat16):
@@ -54,15 +70,16 @@ def why_not(dtype) -> str | None:
     return f"the TPU kernels take float32 and bfloat16, and q is {jnp.dtype(dtype).name}"
 
 
-def forward(chunk_size, aligned, tokens, init, state, valid, reset, *, tiles=Tiles(), save=True):
+def forward(chunk_size, aligned, tokens, init, state, valid, reset, *, tiles=None, save=True):
     """Returns (out [B, L, N, D], state) and what `backward` needs; arguments as in `xla.forward`.
 
     Args:
       chunk_size, aligned, tokens, init, state, valid, reset: as in `xla.forward`.
-      tiles: sizes of blocks.
+      tiles: sizes of blocks; None means `choose_tiles`.
       save: whether `backward` will be called; without, the residuals are None.
     """
     q, k, v, lr, momentum = tokens
+    tiles = tiles or choose_tiles()
     layout, plan, work = _prepare(
         chunk_size, aligned, q, init, valid, reset, state.count, tiles.forward, tiles.vmem_bytes
     )
@@ -81,11 +98,12 @@ def forward(chunk_size, aligned, tokens, init, state, valid, reset, *, tiles=Til
     return result, (tokens, init, valid, reset, state.momentum_sum, state.count, saved) if save else None
 
 
-def backward(chunk_size, aligned, residuals, cotangents, *, tiles=Tiles()):
+def backward(chunk_size, aligned, residuals, cotangents, *, tiles=None):
     """Returns the cotangents of (tokens, init, state) from those of (out, state)."""
     tokens, init, valid, reset, momentum_sum, count, saved = residuals
     d_out, d_state = cotangents
     q, k, v, lr, momentum = tokens
+    tiles = tiles or choose_tiles()
     layout, plan, work = _prepare(chunk_size, aligned, q, init, valid, reset, count, tiles.backward, tiles.vmem_bytes)
     (means, _), pull_means = jax.vjp(
         lambda m, s: tpu_layout.means_of(layout, chunk_size, plan, m, s), momentum, momentum_sum

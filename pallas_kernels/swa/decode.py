@@ -1,0 +1,130 @@
+"""`swa_decode`: attention of one new token a row to a ring cache and to itself. Signature, checks, choice of backend.
+
+Axes: B batch, Hq query heads, Hkv key heads, G = Hq / Hkv, D head dim, S sink slots, W window slots, T = S + W slots.
+
+Token p lives in slot p while p < S, else in slot S + (p - S) % W, so that the cache holds the first S and the last W
+tokens of each row, whatever its phase. The cache is read where it lies: no backend copies it or appends to it.
+"""
+
+import functools
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels import backends
+from pallas_kernels.swa import decode_tpu, reference, slots
+
+
+def swa_decode(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    keys: jax.Array,
+    values: jax.Array,
+    position: jax.Array,
+    *,
+    sink_slots: int,
+    window: int | jax.Array,
+    sinks: int | jax.Array = 0,
+    scale: float | None = None,
+    implementation: str | None = None,
+) -> jax.Array:
+    """Softmax attention of token `position` of each row, which sees itself and what the cache holds of its past.
+
+    It sees token j of the cache iff position - j < window or j < sinks. Differentiable in the floating arguments; every
+    backend has the gradient of the plain version.
+
+    Args:
+      q: [B, Hq, D], floating.
+      k, v: [B, Hkv, D] in q's dtype, the token's own; Hq a multiple of Hkv.
+      keys, values: [B, S + W, Hkv, D] in q's dtype, before the token is written. Empty slots hold any finite numbers.
+      position: int32 [B], tokens before this one.
+      sink_slots: S, at least 0; the rest of the slots, at least one, is W.
+      window: an int or a traced int32 scalar, at least 1. More than W tokens back there is nothing to see.
+      sinks: first tokens of the row that are always seen, an int or a traced int32 scalar, 0 to S.
+      scale: multiplies the scores; a Python number. None means D ** -0.5.
+      implementation: None for the best on the platform that the code is lowered for; or "xla", "pallas" (TPU),
+        "triton" (NVIDIA GPUs), "reference".
+
+    Returns:
+      [B, Hq, D] in q's dtype. Scores and sums are float32 (float64 for float64 inputs).
+
+    Raises:
+      ValueError, TypeError: an argument that does not fit, by name.
+      NotImplementedError: a named backend that cannot serve, with the reason; it is never replaced by another.
+    """
+    _check(q, k, v, keys, values, position, sink_slots)
+    worth = ("pallas", "triton") if decode_tpu.worthwhile(keys) else ("triton",)
+    serving = backends.serving("swa_decode", implementation, q, decode_tpu.why_not(q), worth)
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    arrays = (q, k, v, keys, values, position.astype(jnp.int32), jnp.int32(window), jnp.int32(sinks))
+    if implementation == "reference":
+        return reference.swa_decode(sink_slots, scale, *arrays)
+    found: dict[str, Callable[..., Any]] = {name: _triton() if name == "triton" else _OWN[name] for name in serving}
+    functions = {name: functools.partial(function, sink_slots, scale) for name, function in found.items()}
+    return backends.run(implementation, functions, *arrays)
+
+
+def plain(sink_slots, scale, q, k, v, keys, values, position, window, sinks) -> jax.Array:
+    """The same in plain JAX: scores of the cache and of the token itself share one maximum and one sum."""
+    batch, heads, dim = q.shape
+    dtype = jnp.promote_types(q.dtype, jnp.float32)
+    dot = functools.partial(
+        jnp.einsum, precision="highest" if jnp.finfo(q.dtype).bits >= 32 else None, preferred_element_type=dtype
+    )
+    query = q.reshape(batch, k.shape[1], -1, dim)  # [B, Hkv, G, D]
+    seen = slots.in_sight(position[:, None], jnp.arange(keys.shape[1]), sink_slots, keys.shape[1], window, sinks)
+    scores = jnp.where(seen[:, None, None], dot("bhgd,bthd->bhgt", query, keys) * scale, -jnp.inf)
+    own = dot("bhgd,bhd->bhg", query, k)[..., None] * scale
+    top = jax.lax.stop_gradient(jnp.maximum(scores.max(-1, keepdims=True), own))
+    weights, own = jnp.exp(scores - top), jnp.exp(own - top)
+    out = dot("bhgt,bthd->bhgd", weights.astype(v.dtype), values) + own * v.astype(dtype)[:, :, None]
+    return (out / (weights.sum(-1, keepdims=True) + own)).reshape(q.shape).astype(q.dtype)
+
+
+def _with_gradient(function):
+    """Returns a backend's function with the gradient of `plain`."""
+
+    def forward(sink_slots, scale, *arrays):
+        return function(sink_slots, scale, *arrays), arrays
+
+    def backward(sink_slots, scale, arrays, d_out):
+        floats, rest = arrays[:5], arrays[5:]
+        return jax.vjp(lambda *floats: plain(sink_slots, scale, *floats, *rest), *floats)[1](d_out)
+
+    return backends.with_gradient(forward, backward, fixed=2, constants=3)
+
+
+_OWN = {"xla": plain, "pallas": _with_gradient(decode_tpu.decode)}
+
+
+@functools.cache
+def _triton():
+    return _with_gradient(importlib.import_module("pallas_kernels.swa.decode_triton").decode)  # which imports triton
+
+
+def _check(q, k, v, keys, values, position, sink_slots):
+    """Raises where the arrays do not fit together."""
+    if q.ndim != 3 or 0 in q.shape:
+        raise ValueError(f"swa_decode: q has shape {q.shape}; it must be [B, Hq, D] with no empty axis")
+    batch, heads, dim = q.shape
+    if k.ndim != 3 or k.shape[1] == 0 or heads % k.shape[1]:
+        raise ValueError(f"swa_decode: k has shape {k.shape}; it must be [B, Hkv, D], Hkv a divisor of {heads}")
+    if keys.ndim != 4 or not 0 <= sink_slots < keys.shape[1]:
+        raise ValueError(
+            f"swa_decode: keys has shape {keys.shape} and sink_slots={sink_slots}; it must be [B, S + W, Hkv, D]"
+        )
+    own, cache = (batch, k.shape[1], dim), (batch, keys.shape[1], k.shape[1], dim)
+    shapes = {"k": (k, own), "v": (v, own), "keys": (keys, cache), "values": (values, cache)}
+    for name, (x, shape) in shapes.items():
+        if x.shape != shape:
+            raise ValueError(f"swa_decode: {name} has shape {x.shape}; with this q, k and keys it must be {shape}")
+        if x.dtype != q.dtype:
+            raise TypeError(f"swa_decode: {name} is {x.dtype} and q is {q.dtype}; cast them to one dtype")
+    if not jnp.issubdtype(q.dtype, jnp.floating):
+        raise TypeError(f"swa_decode: q is {q.dtype}; it must be floating point")
+    if position.shape != (batch,) or not jnp.issubdtype(position.dtype, jnp.integer):
+        raise ValueError(f"swa_decode: position is {position.dtype} {position.shape}; it must be int32 ({batch},)")
