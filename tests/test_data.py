@@ -1,22 +1,16 @@
-"""Text to batches: what is in a row, what the loss is on, and that the stream resumes exactly."""
+"""Documents to batches: what is in a row, what the loss is on, shares of a mixture, and that the stream resumes."""
 
+import collections
 import json
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from train import data
+from train import data, packing, tiny
 
-
-class Words:
-    """One token a character, and a chat template like ChatML."""
-
-    def encode(self, text, add_special_tokens=True):
-        return [ord(c) for c in text]
-
-    def apply_chat_template(self, messages, *, add_generation_prompt, tokenize):
-        text = "".join(f"<{m['role']}>{m['content']}|\n" for m in messages)
-        return text + ("<assistant>" if add_generation_prompt else "")
+pytestmark = pytest.mark.core
 
 
 def document(count, seed=0):
@@ -46,7 +40,9 @@ def test_packed_rows_align_and_lose_nothing():
         assert row["segment_ids"].max() == len(starts)
         np.testing.assert_array_equal(row["mask"], row["segment_ids"] > 0)
         pairs += list(zip(row["tokens"][row["mask"]], row["targets"][row["mask"]], strict=True))
-    assert pairs == [pair for d in documents for pair in zip(d.tokens[:-1], d.tokens[1:], strict=True)]
+    given_pairs = [pair for d in documents for pair in zip(d.tokens[:-1], d.tokens[1:], strict=True)]
+    assert collections.Counter(pairs) == collections.Counter(given_pairs)
+    assert rows.padding == pytest.approx(1 - len(pairs) / (16 * len(rows)))
 
 
 def test_every_piece_starts_with_the_prefix():
@@ -76,61 +72,177 @@ def test_batches_of_one_row():
     assert next(data.Stream(data.Rows([document(17)], 8), 1, seed=0))["tokens"].shape == (1, 8)
 
 
-def test_processes_share_the_rows():
-    rows = data.Rows([document(8 * 8 + 1)], 8)
-    halves = [next(data.Stream(rows, 4, seed=0, process=p, processes=2))["tokens"] for p in (0, 1)]
-    assert len({tuple(row) for row in np.concatenate(halves)}) == 8
+@pytest.mark.parametrize("processes", [1, 2, 4])
+def test_processes_together_load_the_batch_of_one(processes):
+    rows = data.Rows([document(8 * 7 + 1)], 8)
+    one, share = data.Stream(rows, 4, seed=5), 4 // processes
+    parts = [data.Stream(rows, 4, seed=5, local=slice(p * share, (p + 1) * share)) for p in range(processes)]
+    for _ in range(3):
+        whole, pieces = next(one), [next(part) for part in parts]
+        for name, value in whole.items():
+            np.testing.assert_array_equal(value, np.concatenate([piece[name] for piece in pieces]))
+    states = [part.state() for part in parts]
+    assert states == [one.state()] * processes == [{"step": 3}] * processes
+    resumed = data.Stream(rows, 4, seed=5)
+    resumed.restore(states[-1])
+    np.testing.assert_array_equal(next(resumed)["tokens"], next(one)["tokens"])
 
 
-def test_chat_loss_is_on_what_the_assistant_says():
-    messages = [
-        {"role": r, "content": c} for r, c in [("user", "hi"), ("assistant", "yo"), ("user", "a"), ("assistant", "b")]
+def test_local_rows_by_number():
+    rows = data.Rows([document(8 * 7 + 1)], 8)
+    some = next(data.Stream(rows, 6, seed=5, local=[0, 1, 5]))["tokens"]
+    np.testing.assert_array_equal(some, next(data.Stream(rows, 6, seed=5))["tokens"][[0, 1, 5]])
+
+
+def test_content_hash_tells_data_and_settings_apart():
+    first, second = document(80, 0), document(80, 1)
+    quiet = data.Document("quiet", first.tokens, np.arange(80) % 2 == 0)
+    starting = data.Document("starting", first.tokens, first.response, (100,))
+    rows = [
+        data.Rows([first, second], 8),
+        data.Rows([second, first], 8),
+        data.Rows([first], 8),
+        data.Rows([quiet], 8),
+        data.Rows([starting], 8),
+        data.Rows([first], 16),
+        data.Rows([first], 8, align=4),
+        data.Rows([first], 8, align=4, piece=4),
+        data.Rows([first], 8, response_only=True),
     ]
-    chat = data.chat_document("x", messages, Words())
-    text = "".join(map(chr, chat.tokens))
-    assert text == Words().apply_chat_template(messages, add_generation_prompt=False, tokenize=False)
-    assert "".join(c for c, r in zip(text, chat.response, strict=True) if r) == "yo|\nb|\n"
-    row = data.Rows([chat], 64, align=8, response_only=True)[0]
-    assert "".join(map(chr, row["targets"][row["mask"]])) == "yo|\nb|\n"
+    assert len({each.content_hash() for each in rows}) == len(rows)
+    assert data.Rows([first, second], 8).content_hash() == rows[0].content_hash()
 
 
-def test_files_and_cache(tmp_path):
-    (tmp_path / "texts").mkdir()
-    (tmp_path / "texts/b.txt").write_text("second é")
-    (tmp_path / "texts/a.jsonl").write_text(
-        '{"text": "first"}\n\n{"messages": [{"role": "assistant", "content": "x"}]}\n'
+def test_pieces_are_no_longer_than_asked():
+    rows = data.Rows([document(70), document(3, 1)], 24, align=4, piece=8)
+    assert len(rows) == 4 and rows.padding == pytest.approx(1 - 71 / 96)
+    for row in (rows[i] for i in range(4)):
+        _, counts = np.unique(row["segment_ids"][row["segment_ids"] > 0], return_counts=True)
+        assert counts.max() <= 8
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    st.lists(st.integers(0, 60), min_size=1, max_size=12),
+    st.integers(0, 2),
+    st.integers(3, 20),
+    st.integers(0, 2**12 - 1),
+)
+def test_cutting_is_what_a_loop_does(lengths, prefix, longest, prefixed):
+    extra = prefix * (prefixed >> np.arange(len(lengths)) & 1)
+    expected = [
+        (index, start, min(longest, extra[index] + n - 1 - start))
+        for index, n in enumerate(lengths)
+        for start in range(0, n - 1, longest - extra[index])
+    ]
+    assert list(zip(*packing.cut(np.asarray(lengths), extra, longest), strict=True)) == expected
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.lists(st.integers(1, 10), max_size=60), st.integers(10, 14))
+def test_packing_fits_and_wastes_little(sizes, room):
+    rows = packing.pack(np.asarray(sizes, np.int64), room)
+    filled = np.bincount(rows, sizes)
+    assert (filled <= room).all() and (filled > 0).all()
+    assert np.sum(2 * filled <= room) <= 1  # two rows that are at most half full would have been one
+
+
+def mixture(folder, parts, length=16, align=4):
+    return data.Mixture(parts, length, tiny.ByteTokenizer(), folder / "cache", align=align)
+
+
+@pytest.fixture
+def parts(tmp_path):
+    """Long rows of "a", short pieces of "b", chats whose responses are "c"."""
+    rng = np.random.default_rng(0)
+    for name, letters in (("long", "ABCDEFGH"), ("short", "abcdefgh")):
+        (tmp_path / f"{name}.txt").write_text("".join(rng.choice(list(letters), 16 * 12 + 1)))
+    chat = {"messages": [{"role": "user", "content": "1234"}, {"role": "assistant", "content": "567"}]}
+    (tmp_path / "chat.jsonl").write_text(f"{json.dumps(chat)}\n" * 5)
+    files = {name: (str(tmp_path / name),) for name in ("long.txt", "short.txt", "chat.jsonl")}
+    return (
+        data.Part(files["long.txt"], weight=3),
+        data.Part(files["short.txt"], weight=2, piece=4),
+        data.Part(files["chat.jsonl"], weight=1, response_only=True),
     )
-    documents = data.load_documents([tmp_path / "texts"], Words(), tmp_path / "cache")
-    assert ["".join(map(chr, d.tokens)) for d in documents] == ["first", "<assistant>x|\n", "second é"]
-    assert len(list((tmp_path / "cache").iterdir())) == 1
 
-    class Broken(Words):
-        def encode(self, text, add_special_tokens=True):
-            assert not text, "should come from the cache"
-            return []
 
-    Broken.__name__ = "Words"
-    again = data.load_documents([tmp_path / "texts/b.txt"], Broken(), tmp_path / "cache")
-    np.testing.assert_array_equal(again[0].tokens, documents[2].tokens)
+def test_mixture_has_its_shares_and_every_part_all_its_rows_each_epoch(tmp_path, parts):
+    mixed = mixture(tmp_path, parts)
+    stream = data.Stream(mixed, 8, seed=1)
+    batches = [next(stream) for _ in range(75)]
+    tokens = np.concatenate([batch["tokens"] for batch in batches])
+    segments = np.concatenate([batch["segment_ids"] for batch in batches])
+    kinds = np.select([np.isin(tokens[:, 0], list(b"ABCDEFGH")), segments.max(1) == 4], [0, 1], 2)
+    np.testing.assert_allclose(np.bincount(kinds) / len(kinds), [1 / 2, 1 / 3, 1 / 6], atol=2 / len(kinds))
+    for kind, rows in enumerate(mixed.parts):
+        own = [tuple(row) for row in tokens[kinds == kind]]
+        epochs = [own[at : at + len(rows)] for at in range(0, len(own) - len(rows) + 1, len(rows))]
+        everything = collections.Counter(tuple(rows[i]["tokens"]) for i in range(len(rows)))
+        assert len(epochs) > 2 and all(collections.Counter(epoch) == everything for epoch in epochs)
+        assert kind == 2 or epochs[0] != epochs[1]
+
+
+def test_mixture_masks_and_cuts_each_part_its_own_way(tmp_path, parts):
+    mixed = mixture(tmp_path, parts)
+    long, short, chat = (rows[0] for rows in mixed.parts)
+    assert long["mask"].all() and (long["segment_ids"] == 1).all()
+    np.testing.assert_array_equal(short["segment_ids"], np.repeat([1, 2, 3, 4], 4))
+    assert bytes(chat["targets"][chat["mask"]].tolist()).startswith(b"567\n"[: chat["mask"].sum()])
+    assert len(mixed) == sum(map(len, mixed.parts)) and mixed.largest_token() == ord("u")
+    np.testing.assert_array_equal(mixed[len(mixed.parts[0])]["tokens"], short["tokens"])
+    assert 0 <= mixed.padding < 0.2
+
+
+def test_mixture_resumes_with_another_number_of_processes(tmp_path, parts):
+    mixed = mixture(tmp_path, parts)
+    two = [data.Stream(mixed, 6, seed=2, local=half) for half in (slice(0, 3), slice(3, 6))]
+    for _ in range(4):
+        [next(each) for each in two]
+    one = data.Stream(mixture(tmp_path, parts), 6, seed=2)
+    one.restore(json.loads(json.dumps(two[0].state())))
+    for _ in range(4):
+        halves = [next(each)["tokens"] for each in two]
+        np.testing.assert_array_equal(next(one)["tokens"], np.concatenate(halves))
+    other = data.Stream(mixed, 24, seed=3)
+    assert not np.array_equal(next(other)["tokens"], next(data.Stream(mixed, 24, seed=2))["tokens"])
+
+
+def test_mixture_hash_depends_on_weights_and_parts(tmp_path, parts):
+    heavier = (data.Part(parts[0].texts, weight=4), *parts[1:])
+    mixtures = [mixture(tmp_path, each) for each in (parts, parts[::-1], parts[:2], heavier)]
+    assert len({each.content_hash() for each in mixtures}) == 4
+    assert mixture(tmp_path, parts).content_hash() == mixtures[0].content_hash()
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "message"),
+    ("fields", "message"),
     [
-        ("a.txt", b"  \n", "a.txt is empty"),
-        ("a.txt", b"ab\xff", "a.txt is not UTF-8 text: byte 2"),
-        ("a.jsonl", b'{"text": "x"}\n{"text": ', "a.jsonl:2 is not JSON"),
-        ("a.jsonl", b'{"text": ""}', "a.jsonl:1 has neither"),
-        ("a.jsonl", b"[1]", "a.jsonl:1 has neither"),
-        ("a.jsonl", b'{"messages": [{"role": "user", "content": "x"}]}', "a.jsonl:1 has no message of the assistant"),
-        ("a.jsonl", b'{"messages": [{"role": "assistant"}]}', 'needs a "role" and a "content"'),
-        ("a.bin", b"x", "no .txt or .jsonl file in"),
+        ({"weight": 0.0}, r"long.txt'.*weight=0.0 must be positive"),
+        ({"weight": float("nan")}, "weight=nan must be positive"),
+        ({"texts": ()}, r"\(\): it has no texts"),
+        ({"piece": 32}, "long.txt'.*piece=32 must be from 1 to seq_length=16"),
+        ({"texts": ("/nowhere",)}, "no text at /nowhere"),
     ],
 )
-def test_bad_files_are_one_clear_error(tmp_path, name, content, message):
-    (tmp_path / name).write_bytes(content)
-    with pytest.raises(ValueError, match=message):
-        data.load_documents([tmp_path], Words(), tmp_path / "cache")
+def test_a_bad_part_is_named(tmp_path, parts, fields, message):
+    bad = {"texts": parts[0].texts, **fields}
+    with pytest.raises(ValueError, match=f"the part of the mixture with texts=.*{message}"):
+        mixture(tmp_path, [*parts[1:], data.Part(**bad)])
+
+
+def test_a_part_without_rows_is_named(tmp_path, parts):
+    with pytest.raises(ValueError, match=r"long.txt'.*no document has seq_length \+ 1 = 4001 tokens"):
+        mixture(tmp_path, parts[:1], length=4000, align=None)
+    with pytest.raises(ValueError, match="at least one part"):
+        mixture(tmp_path, [])
+
+
+def test_tokens_beyond_the_vocabulary_are_an_error():
+    rows = data.Rows([data.Document("x", np.asarray([3, 250, 4]), np.ones(3, bool), prefix=(7,))], 2)
+    data.check_tokenizer(251, rows.largest_token())
+    with pytest.raises(ValueError, match=r"the texts have token 250, and the model's vocab_size=250"):
+        data.check_tokenizer(250, rows.largest_token())
 
 
 def test_other_errors():
@@ -138,7 +250,19 @@ def test_other_errors():
         data.Rows([document(8)], 8)
     with pytest.raises(ValueError, match="seq_length=10 is not a multiple of the chunk 4"):
         data.Rows([document(80)], 10, align=4)
-    with pytest.raises(ValueError, match="no text at"):
-        data.load_documents(["/nowhere"], Words(), None)
-    with pytest.raises(ValueError, match="1 rows cannot be shared among 2"):
-        data.Stream(data.Rows([document(9)], 8), 1, seed=0, processes=2)
+    with pytest.raises(
+        ValueError, match="piece=4 must be from 1 to seq_length=8, and shorter than that only with pack"
+    ):
+        data.Rows([document(80)], 8, piece=4)
+    with pytest.raises(ValueError, match="a piece of 1 tokens has no room beside the 1 tokens"):
+        data.Rows([data.Document("x", np.arange(9), np.ones(9, bool), (1,))], 8, align=4, piece=1)
+    with pytest.raises(ValueError, match="with prefixes"):
+        data.Rows([data.Document("x", np.arange(9), np.ones(9, bool), (start,)) for start in (1, 2)], 8)
+    rows = data.Rows([document(9)], 8)
+    for local in ([1], slice(0, 2), slice(1, 1), [-1], []):
+        with pytest.raises(ValueError, match="must be some rows of a batch of 1"):
+            data.Stream(rows, 1, seed=0, local=local)
+    with pytest.raises(ValueError, match="1 rows in batches of 0"):
+        data.Stream(rows, 0, seed=0)
+    with pytest.raises(IndexError, match="row 1 of 1"):
+        rows[1]

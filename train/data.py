@@ -1,162 +1,31 @@
-"""Long text to batches: files -> documents -> rows of a fixed length -> a shuffled, endless, resumable stream.
+"""Documents to batches: rows of a fixed length, mixtures of them, a shuffled, endless, resumable stream.
 
-A document is a .txt file or a line of a .jsonl file, {"text": ...} or {"messages": [...]} (rendered with the
-tokenizer's chat template; the loss is then on the assistant's turns). A row holds one piece of one document, or, when
-packing, several, each starting on the grid of the memory's chunks. Axes:
+A row holds one piece of one document or, when packing, several, each starting on the grid of the memory's chunks.
+`records` reads files, `documents` makes their tokens, `packing` decides which tokens stand in which row. Axes:
 
-    B batch    L tokens of a row
+    B rows of a batch    L tokens of a row
 """
 
 import dataclasses
 import hashlib
 import json
+import math
 import os
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any, Protocol
 
 import grain
 import numpy as np
 
+from train import documents as documents_lib
+from train import packing
 
-class Tokenizer(Protocol):
-    """What is needed of a tokenizer; those of transformers have it."""
+Document = documents_lib.Document
+Documents = documents_lib.Documents
+check_tokenizer = documents_lib.check_tokenizer
+load_documents = documents_lib.load_documents
 
-    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of a text."""
-
-    def apply_chat_template(
-        self, messages: list[dict[str, str]], *, add_generation_prompt: bool, tokenize: bool
-    ) -> Any:
-        """A conversation as one string (tokenize=False)."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Document:
-    """One document's tokens.
-
-    Attributes:
-      name: where it is from, for errors.
-      tokens: int32 [n].
-      response: bool [n], the tokens that a loss on responses alone is about; all of them in plain text.
-      prefix: what every piece cut from it starts with: the begin-of-sequence token, where the tokenizer has one.
-    """
-
-    name: str
-    tokens: np.ndarray
-    response: np.ndarray
-    prefix: tuple[int, ...] = ()
-
-
-def load_documents(paths: Sequence[str | os.PathLike[str]], tokenizer: Tokenizer, cache: Path) -> list[Document]:
-    """Every document of the files, or of the .txt and .jsonl files in the folders, in a fixed order.
-
-    Args:
-      paths: files or folders.
-      tokenizer: of the model.
-      cache: folder where tokens of plain text are kept as .npy, by content and tokenizer.
-
-    Raises:
-      ValueError: nothing found, or a file that is empty, not UTF-8 or not what its suffix says.
-    """
-    files: list[Path] = []
-    for path in map(Path, paths):
-        if not path.exists():
-            raise ValueError(f"no text at {path}: give .txt or .jsonl files, or folders of them")
-        found = sorted(p for p in path.rglob("*") if p.suffix in (".txt", ".jsonl")) if path.is_dir() else [path]
-        if not found:
-            raise ValueError(f"no .txt or .jsonl file in {path}")
-        files += found
-    documents: list[Document] = []
-    for file in files:
-        text = _read(file)
-        if file.suffix == ".jsonl":
-            documents += _read_jsonl(file, text, tokenizer)
-        else:
-            documents.append(_plain(str(file), _cached_tokens(text, tokenizer, cache), tokenizer))
-    return documents
-
-
-def _read(file: Path) -> str:
-    try:
-        text = file.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{file} is not UTF-8 text: byte {error.start} cannot be decoded") from None
-    if not text.strip():
-        raise ValueError(f"{file} is empty")
-    return text
-
-
-def _plain(name: str, tokens: np.ndarray, tokenizer: Tokenizer) -> Document:
-    return Document(name, tokens, np.ones(tokens.shape, bool), tuple(tokenizer.encode("")))
-
-
-def _cached_tokens(text: str, tokenizer: Tokenizer, cache: Path) -> np.ndarray:
-    """Token ids int32 [n] of a text, from the cache when it was tokenised before."""
-    digest = hashlib.sha256(tokenizer_hash(tokenizer).encode() + text.encode()).hexdigest()
-    file = cache / f"{digest}.npy"
-    if not file.exists():
-        tokens = np.asarray(tokenizer.encode(text, add_special_tokens=False), np.int32)
-        cache.mkdir(parents=True, exist_ok=True)
-        partial = cache / f"{digest}.{os.getpid()}.partial.npy"
-        np.save(partial, tokens, allow_pickle=False)
-        os.replace(partial, file)
-    return np.load(file, allow_pickle=False)
-
-
-def tokenizer_hash(tokenizer: Tokenizer) -> str:
-    """sha256 of all that a fast tokenizer consists of; of its class name where it is not one."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    return hashlib.sha256((type(tokenizer).__name__ if backend is None else backend.to_str()).encode()).hexdigest()
-
-
-def _read_jsonl(file: Path, text: str, tokenizer: Tokenizer) -> list[Document]:
-    documents = []
-    for number, line in enumerate(text.splitlines(), 1):
-        if not line.strip():
-            continue
-        name = f"{file}:{number}"
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{name} is not JSON: {error}") from None
-        if isinstance(record, dict) and isinstance(record.get("messages"), list):
-            documents.append(chat_document(name, record["messages"], tokenizer))
-        elif isinstance(record, dict) and isinstance(record.get("text"), str) and record["text"].strip():
-            tokens = np.asarray(tokenizer.encode(record["text"], add_special_tokens=False), np.int32)
-            documents.append(_plain(name, tokens, tokenizer))
-        else:
-            raise ValueError(f'{name} has neither a non-empty "text" nor a list of "messages"')
-    return documents
-
-
-def chat_document(name: str, messages: list[dict[str, str]], tokenizer: Tokenizer) -> Document:
-    """A conversation in the tokenizer's chat template, with `response` on what the assistant says and ends with.
-
-    Each turn is what it adds to the rendering of the turns before, so the text is that of the template; tokens never
-    cross from a prompt into a response, as in generation.
-    """
-    for message in messages:
-        if not isinstance(message, dict) or not all(isinstance(message.get(k), str) for k in ("role", "content")):
-            raise ValueError(f'{name}: a message needs a "role" and a "content", both text; got {message!r}')
-    if not any(message["role"] == "assistant" for message in messages):
-        raise ValueError(f"{name} has no message of the assistant to learn from")
-    done, parts = "", []  # text so far, and (token ids, is a response)
-    for turn, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
-        for upto, prompt in ((turn, True), (turn + 1, False)):
-            text = tokenizer.apply_chat_template(messages[:upto], add_generation_prompt=prompt, tokenize=False)
-            if not text.startswith(done):
-                raise ValueError(
-                    f"{name}: the chat template renders earlier turns differently once turn {turn + 1} is added; "
-                    "split the conversation so that each record ends at one response"
-                )
-            parts.append((tokenizer.encode(text[len(done) :], add_special_tokens=False), not prompt))
-            done = text
-    tokens = np.asarray([token for ids, _ in parts for token in ids], np.int32)
-    response = np.asarray([flag for ids, flag in parts for _ in ids], bool)
-    return Document(name, tokens, response)
+_ENDLESS = 2**40  # rows; grain's own endless repeat overflows the length of what is made from it
 
 
 class Source(Protocol):
@@ -176,106 +45,241 @@ class Rows:
     """Random access to rows cut from documents.
 
     Unpacked, a row is `length` + 1 consecutive tokens of one document, and tails that do not fill a row are left out.
-    Packed, pieces follow each other, each starting at a multiple of `align`, and the gaps are padding.
+    Packed, nothing is left out: pieces follow each other, each starting at a multiple of `align`, the gaps are padding.
 
     Args:
       documents: what to cut.
       length: L.
       align: None for one piece a row; else the chunk (the largest, if several are drawn) to align packed pieces to.
+      piece: the longest piece, in tokens; None is L. Shorter ones need packing.
       response_only: keep the loss off everything that is not a response.
+
+    Raises:
+      ValueError: the lengths do not fit each other, or no document fills a row.
     """
 
     def __init__(
-        self, documents: Sequence[Document], length: int, *, align: int | None = None, response_only: bool = False
+        self,
+        documents: Documents | Sequence[Document],
+        length: int,
+        *,
+        align: int | None = None,
+        piece: int | None = None,
+        response_only: bool = False,
     ):
         if align is not None and length % align:
             raise ValueError(f"seq_length={length} is not a multiple of the chunk {align} that packing aligns to")
-        self._documents, self._length, self._response_only = documents, length, response_only
-        pieces = []  # document, first token, number of inputs
-        for index, document in enumerate(documents):
-            extra = len(document.prefix)
-            for start in range(0, len(document.tokens) - 1, length - extra):
-                pieces.append((index, start, min(length, extra + len(document.tokens) - 1 - start)))
-        if align is None:
-            self._rows = [[piece] for piece in pieces if piece[2] == length]
-        else:
-            self._rows = _pack(pieces, length, align)
-        self._align = align or length
-        if not self._rows:
-            longest = max((len(document.tokens) for document in documents), default=0)
+        if piece is not None and not (1 <= piece <= length and (align is not None or piece == length)):
             raise ValueError(
-                f"no document has seq_length + 1 = {length + 1} tokens (the longest has {longest}): "
-                "lower seq_length, give longer texts, or pack"
+                f"piece={piece} must be from 1 to seq_length={length}, and shorter than that only with pack"
+            )
+        self._documents = documents if isinstance(documents, Documents) else documents_lib.in_memory(documents)
+        self._length, self._align, self._response_only = length, align or length, response_only
+        self._settings = [length, align, piece or length, response_only]
+        self._prefix = np.asarray(self._documents.prefix, np.int32)
+        extra = len(self._prefix) * self._documents.prefixed.astype(np.int64)
+        pieces = packing.cut(self._documents.lengths, extra, piece or length)
+        if align is None:
+            pieces = pieces.take(pieces.size == length)
+        sizes = -(-pieces.size // self._align)
+        rows = packing.pack(sizes, length // self._align)
+        self._pieces = pieces.take(np.argsort(rows, kind="stable"))
+        self._first = np.cumsum([0, *np.bincount(rows)])  # piece that each row starts with
+        if not len(self):
+            raise ValueError(
+                f"no document has seq_length + 1 = {length + 1} tokens (the longest has "
+                f"{self._documents.lengths.max()}): lower seq_length, give longer texts, or pack"
             )
 
     def __len__(self) -> int:
-        return len(self._rows)
-
-    def content_hash(self) -> str:
-        """sha256 of all tokens and masks in their order: what two runs on the same data agree on."""
-        digest = hashlib.sha256()
-        for document in self._documents:
-            digest.update(f"{len(document.tokens)} {document.prefix}".encode())
-            digest.update(document.tokens.tobytes() + document.response.tobytes())
-        return digest.hexdigest()
+        return len(self._first) - 1
 
     def __getitem__(self, row: int) -> dict[str, np.ndarray]:
         """tokens, targets, segment_ids int32 [L] (pieces numbered from 1, 0 is padding) and mask bool [L]."""
-        length = self._length
-        tokens, targets, segments = (np.zeros(length, np.int32) for _ in range(3))
-        mask = np.zeros(length, bool)
+        if not 0 <= row < len(self):
+            raise IndexError(f"row {row} of {len(self)}")
+        tokens, targets, segments = (np.zeros(self._length, np.int32) for _ in range(3))
+        mask = np.zeros(self._length, bool)
         at = 0
-        for number, (index, start, count) in enumerate(self._rows[row], 1):
-            document, here = self._documents[index], slice(at, at + count)
-            taken = slice(start, start + count + 1 - len(document.prefix))
-            whole = np.concatenate([np.asarray(document.prefix, np.int32), document.tokens[taken]])
-            response = np.concatenate([np.zeros(len(document.prefix), bool), document.response[taken]])
-            tokens[here], targets[here] = whole[:-1], whole[1:]
-            mask[here] = response[1:] | (not self._response_only)
-            segments[here] = number
+        for number, index in enumerate(range(self._first[row], self._first[row + 1]), 1):
+            document, start, count = (int(column[index]) for column in self._pieces)
+            extra = len(self._prefix) if self._documents.prefixed[document] else 0
+            ids, response = self._documents.take(document, start, start + count + 1 - extra)
+            whole = np.concatenate([self._prefix[:extra], ids])
+            learned = np.concatenate([np.zeros(extra, bool), response]) | (not self._response_only)
+            here = slice(at, at + count)
+            tokens[here], targets[here], mask[here], segments[here] = whole[:-1], whole[1:], learned[1:], number
             at += -(-count // self._align) * self._align
         return {"tokens": tokens, "targets": targets, "segment_ids": segments, "mask": mask}
 
+    @property
+    def padding(self) -> float:
+        """Share of all positions that hold no token."""
+        return 1 - float(self._pieces.size.sum()) / (len(self) * self._length)
 
-def _pack(pieces: list[tuple[int, int, int]], length: int, align: int) -> list[list[tuple[int, int, int]]]:
-    """Pieces in their order into rows of `length`, each taking a multiple of `align`."""
-    rows: list[list[tuple[int, int, int]]] = []
-    room = 0
-    for piece in pieces:
-        size = -(-piece[2] // align) * align
-        if size > room:
-            rows.append([])
-            room = length
-        rows[-1].append(piece)
-        room -= size
-    return rows
+    def largest_token(self) -> int:
+        """The largest token id of the documents, for `check_tokenizer`."""
+        return self._documents.largest_token()
+
+    def content_hash(self) -> str:
+        """sha256 of the files' hashes, and of how they are cut."""
+        settings = [self._documents.content_hash(), *self._settings]
+        return hashlib.sha256(json.dumps(settings).encode()).hexdigest()
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """One part of a mixture: texts, and how they are cut and learned from."""
+
+    texts: tuple[str, ...] = ()
+    """Files, or folders of them."""
+    weight: float = 1.0
+    """Share of the rows, beside the weights of the other parts."""
+    piece: int | None = None
+    """The longest piece of a document, in tokens; None is the row's length. Several pieces share a row."""
+    response_only: bool = False
+    """In chats, take the loss on the assistant's tokens only."""
+
+
+class Mixture:
+    """Rows of several parts, each cut and packed by itself, of which a `Stream` takes shares by weight.
+
+    By number, the rows of the first part come first. See `load_documents` and `Rows` for the other arguments.
+
+    Args:
+      parts: what is mixed.
+      length: L, of all parts, so that one program serves the whole run.
+      tokenizer: of the model.
+      cache: folder where tokens are kept.
+      align: as in `Rows`.
+
+    Raises:
+      ValueError: a part that has a weight that is not positive, no rows, or texts that cannot be used; it is named.
+    """
+
+    def __init__(
+        self,
+        parts: Sequence[Part],
+        length: int,
+        tokenizer: documents_lib.Tokenizer,
+        cache: str | os.PathLike[str],
+        *,
+        align: int | None = None,
+    ):
+        if not parts:
+            raise ValueError("a mixture needs at least one part")
+        self.parts = tuple(_part_rows(part, length, tokenizer, cache, align) for part in parts)
+        self.weights = tuple(part.weight for part in parts)
+        self._first = np.cumsum([0, *map(len, self.parts)])
+
+    def __len__(self) -> int:
+        return int(self._first[-1])
+
+    def __getitem__(self, row: int) -> dict[str, np.ndarray]:
+        """See `Rows`."""
+        if not 0 <= row < len(self):
+            raise IndexError(f"row {row} of {len(self)}")
+        part = int(np.searchsorted(self._first, row, "right")) - 1
+        return self.parts[part][row - int(self._first[part])]
+
+    @property
+    def padding(self) -> float:
+        """Share of the stream's positions that hold no token."""
+        return float(np.average([rows.padding for rows in self.parts], weights=self.weights))
+
+    def largest_token(self) -> int:
+        """The largest token id of all parts, for `check_tokenizer`."""
+        return max(rows.largest_token() for rows in self.parts)
+
+    def content_hash(self) -> str:
+        """sha256 of the parts' hashes and the weights."""
+        parts = [[rows.content_hash(), weight] for rows, weight in zip(self.parts, self.weights, strict=True)]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def _part_rows(
+    part: Part, length: int, tokenizer: documents_lib.Tokenizer, cache: str | os.PathLike[str], align: int | None
+) -> Rows:
+    try:
+        if not (part.weight > 0 and math.isfinite(part.weight)):
+            raise ValueError(f"weight={part.weight} must be positive; take the part out instead")
+        if not part.texts:
+            raise ValueError("it has no texts; give it some")
+        documents = load_documents(part.texts, tokenizer, cache)
+        return Rows(documents, length, align=align, piece=part.piece, response_only=part.response_only)
+    except ValueError as error:
+        raise ValueError(f"the part of the mixture with texts={part.texts}: {error}") from error
 
 
 class Stream(Iterator[dict[str, np.ndarray]]):
-    """Batches without end: rows shuffled anew each epoch, this process's share of them, by `seed` alone.
+    """Batches without end, a function of rows, batch and seed alone: each part's rows are shuffled anew each epoch.
 
     Args:
-      rows: the source.
-      batch: rows of a batch of this process.
+      rows: a source, or a mixture of them.
+      batch: rows of a step, over all processes.
       seed: of the shuffling.
-      process, processes: which share of the rows this process takes.
+      local: which rows of each batch this process loads, as a slice or their numbers; None is all. Whoever loads a row,
+        step s has the same rows in the same order, so a run may go on with another number of processes.
+
+    Raises:
+      ValueError: no rows, or a `local` that is not within the batch.
     """
 
-    def __init__(self, rows: Source, batch: int, *, seed: int, process: int = 0, processes: int = 1):
-        if len(rows) < processes:
-            raise ValueError(f"{len(rows)} rows cannot be shared among {processes} processes: give more text")
-        dataset = grain.MapDataset.source(rows).seed(seed).shuffle()[process::processes]
-        dataset = dataset.repeat(1_000_000).batch(batch)  # an unbounded repeat overflows grain's length
-        self._iterator = iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)))
+    def __init__(self, rows: Source, batch: int, *, seed: int, local: slice | Sequence[int] | None = None):
+        if not len(rows) or batch < 1:
+            raise ValueError(f"{len(rows)} rows in batches of {batch}: give at least one of each")
+        chosen = _local_rows(local, batch)
+        self._order, self._batch, self._local = _order(rows, seed), batch, chosen
+        self.restore({"step": 0})
 
     def __next__(self) -> dict[str, np.ndarray]:
-        """Each array of `Rows.__getitem__` with a leading B."""
-        return next(self._iterator)
+        """Each array of `Rows.__getitem__` with a leading B (of `local`, the number of those rows)."""
+        batch = next(self._iterator)
+        self._step += 1
+        return batch
 
     def state(self) -> dict[str, Any]:
-        """Where the stream stands: JSON values."""
-        return self._iterator.get_state()
+        """Where the stream stands: JSON values, the same on all processes."""
+        return {"step": self._step}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Goes on from where `state` was taken."""
-        self._iterator.set_state(state)
+        """Goes on from where `state` was taken, by any number of processes."""
+        self._step = int(state["step"])
+        batches = grain.MapDataset.source(_Batches(self._order, self._batch, self._local, self._step))
+        self._iterator = iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=4, prefetch_buffer_size=8)))
+
+
+class _Batches:
+    """Random access to batches from a step on: `local` of each `batch` rows of an order."""
+
+    def __init__(self, order: grain.MapDataset, batch: int, local: Sequence[int], step: int):
+        self._order, self._batch, self._local, self._step = order, batch, local, step
+
+    def __len__(self) -> int:
+        return len(self._order) // self._batch - self._step
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        first = (self._step + index) * self._batch
+        rows = [self._order[first + row] for row in self._local]
+        return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+
+
+def _local_rows(local: slice | Sequence[int] | None, batch: int) -> Sequence[int]:
+    """Numbers of rows within a batch."""
+    if local is None:
+        return range(batch)
+    if isinstance(local, slice):
+        local = range(local.start or 0, batch if local.stop is None else local.stop, local.step or 1)
+    if not local or min(local) < 0 or max(local) >= batch:
+        raise ValueError(f"local={local} must be some rows of a batch of {batch}, from 0 to {batch - 1}")
+    return local
+
+
+def _order(rows: Source, seed: int) -> grain.MapDataset:
+    """All rows that a run will ever see, in their order."""
+    sources: Sequence[Source] = rows.parts if isinstance(rows, Mixture) else (rows,)
+    shuffled = []
+    for number, source in enumerate(sources):
+        own = int(np.random.SeedSequence([seed, number]).generate_state(1)[0])
+        shuffled.append(grain.MapDataset.source(source).seed(own).shuffle().repeat(_ENDLESS // len(source) + 1))
+    return grain.MapDataset.mix(shuffled, rows.weights) if isinstance(rows, Mixture) else shuffled[0]

@@ -1,0 +1,108 @@
+"""Makes the tokens of a recipe's texts beforehand: `python -m train.prepare configs/RECIPE.py [--field value ...]`.
+
+Takes the arguments of train.finetune. Files are tokenised by several processes, and what the cache folder has already
+is left as it is; training then finds all tokens there, on every host that sees the folder.
+"""
+
+import multiprocessing
+import os
+import sys
+from collections.abc import Sequence
+from concurrent import futures
+from pathlib import Path
+from typing import Any
+
+import tqdm
+import tyro
+
+from train import documents, records
+
+_worker: dict[str, Any] = {}  # of a process: the tokenizer, which is sent once
+
+
+def prepare(paths: Sequence[str], tokenizer: documents.Tokenizer, cache: Path, processes: int) -> int:
+    """Tokenises the files that the cache lacks.
+
+    Returns:
+      How many there were.
+
+    Raises:
+      ValueError: a file or a record that cannot be used; files that are done stay done.
+    """
+    named = documents.digests(records.find(paths), tokenizer)
+    missing = {digest: file for file, digest in named if documents.open_shard(file, digest, cache) is None}
+    if not missing:
+        return 0
+    largest_first = sorted(missing.items(), key=lambda item: (-item[1].stat().st_size, item[0]))
+    total = sum(file.stat().st_size for file in missing.values())
+    with (
+        futures.ProcessPoolExecutor(
+            min(processes, len(missing)), multiprocessing.get_context("spawn"), _start, (tokenizer,)
+        ) as pool,
+        tqdm.tqdm(total=total, unit="B", unit_scale=True, desc="tokens", disable=None) as bar,
+    ):
+        sizes = {pool.submit(_tokenise, file, digest, cache): file.stat().st_size for digest, file in largest_first}
+        try:
+            for done in futures.as_completed(sizes):
+                done.result()
+                bar.update(sizes[done])
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+    return len(missing)
+
+
+def _start(tokenizer: documents.Tokenizer) -> None:
+    _worker["tokenizer"] = tokenizer
+
+
+def _tokenise(file: Path, digest: str, cache: Path) -> None:
+    documents.tokenise(file, digest, _worker["tokenizer"], cache, quiet=True)
+
+
+def texts(recipe: Any) -> list[str]:
+    """All texts that a recipe names: `texts`, those of its `mixture`, and `eval_texts`."""
+    parts = [text for part in getattr(recipe, "mixture", ()) for text in part.texts]
+    return [*recipe.texts, *parts, *getattr(recipe, "eval_texts", ())]
+
+
+def load_tokenizer(recipe: Any) -> Any:
+    """The tokenizer of a recipe, without its model."""
+    from allmem_jax import tokenizer as tokenizer_lib
+    from train import tiny
+
+    path = getattr(recipe, "tokenizer", "") or recipe.model
+    tokenizer: Any = tiny.ByteTokenizer() if path == "tiny" else tokenizer_lib.load_tokenizer(path)
+    if tokenizer is None:
+        raise ValueError(f"{path} has no tokenizer, which the texts need; add its tokenizer.json")
+    return tokenizer
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command."""
+    from train import finetune  # here, as every process imports this module and none needs jax
+    from train.recipe import FinetuneConfig
+
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        named = bool(arguments) and not arguments[0].startswith("-")
+        default = finetune.read_recipe(arguments.pop(0)) if named else FinetuneConfig()
+        recipe = tyro.cli(
+            FinetuneConfig,
+            prog="python -m train.prepare [RECIPE]",
+            description=__doc__,
+            default=default,
+            args=arguments,
+        )
+        if not recipe.model or not (paths := texts(recipe)):
+            raise ValueError("the recipe names no model, or no texts: give both --model and --texts")
+        tokenizer, cache = load_tokenizer(recipe), Path(recipe.cache)
+        made = prepare(paths, tokenizer, cache, os.cpu_count() or 1)
+        found = documents.load_documents(paths, tokenizer, cache)
+        print(f"{len(found)} documents, {found.lengths.sum()} tokens in {cache}; {made} files tokenised now")
+    except ValueError as error:
+        raise SystemExit(f"error: {error}") from None
+
+
+if __name__ == "__main__":
+    main()
