@@ -84,6 +84,8 @@ class ModelConfig:
 
     Arithmetic:
       dtype: "float32" or "bfloat16", of activations and matmul inputs; fast weights are always float32.
+      remat: what a layer keeps for its backward pass: "layer" its input alone, "dots" also the results of its
+        projections, "none" everything.
     """
 
     vocab_size: int
@@ -128,6 +130,7 @@ class ModelConfig:
     write: bool = True
 
     dtype: str = "float32"
+    remat: str = "layer"
 
     def __post_init__(self):
         for name in ("vocab_size", "d_model", "n_layers", "n_heads", "n_kv_heads", "head_dim", "d_ff", "window",
@@ -153,6 +156,7 @@ class ModelConfig:
         _one_of("activation", self.activation, ("silu", "gelu_tanh"))
         _one_of("qk_scale", self.qk_scale, ("l2", "rms"))
         _one_of("dtype", self.dtype, ("float32", "bfloat16"))
+        _one_of("remat", self.remat, ("layer", "dots", "none"))
         if self.mixer in ("mamba2", "delta"):
             _ = self.linear_state_shape  # a ValueError where the budget leaves no room
         if self.mixer == "allmem" and self.window < self.chunk:
@@ -285,7 +289,7 @@ def five_to_one(n_layers: int) -> tuple[bool, ...]:
     return tuple((layer + 1) % 6 != 0 for layer in range(n_layers))
 
 
-_PRESETS: dict[str, dict[str, Any]] = {
+PRESETS: dict[str, dict[str, Any]] = {
     "smollm2-135m": dict(_SMOLLM2, d_model=576, n_layers=30, n_heads=9, n_kv_heads=3, d_ff=1536),
     "smollm2-360m": dict(_SMOLLM2, d_model=960, n_layers=32, n_heads=15, n_kv_heads=5, d_ff=2560),
     "smollm2-1.7b": dict(_SMOLLM2, d_model=2048, n_layers=24, n_heads=32, n_kv_heads=32, d_ff=8192, n_mem=8,
@@ -313,8 +317,8 @@ def preset(name: str, **changes: Any) -> ModelConfig:
       name: one of the keys that the error of an unknown name lists.
       **changes: fields of `ModelConfig` to set otherwise.
     """
-    if name not in _PRESETS:
-        close = difflib.get_close_matches(name, _PRESETS, n=1)
+    if name not in PRESETS:
+        close = difflib.get_close_matches(name, PRESETS, n=1)
         hint = f": did you mean {close[0]!r}?" if close else "."
-        raise ValueError(f"no preset {name!r}{hint} There are {', '.join(_PRESETS)}")
-    return ModelConfig(**_PRESETS[name]).replace(**changes)
+        raise ValueError(f"no preset {name!r}{hint} There are {', '.join(PRESETS)}")
+    return ModelConfig(**PRESETS[name]).replace(**changes)

@@ -6,6 +6,7 @@ Only this file calls the kernels. Axes:
     S sink slots    W window slots    N memory heads    K convolution taps    H hidden size of the fast weights
 """
 
+import functools
 import math
 
 import jax
@@ -15,6 +16,7 @@ from jax.sharding import PartitionSpec
 import pallas_kernels
 from allmem_jax import config as config_lib
 from allmem_jax import sharding
+from pallas_kernels.swa import slots
 
 
 def rms_norm(x: jax.Array, scale: jax.Array, eps: float, offset: float = 0.0) -> jax.Array:
@@ -121,8 +123,9 @@ def attend(
     traced = tuple(jnp.asarray(sizes[name]) for name in names)
     tokens = PartitionSpec("rows", None, "heads")
     where = (tokens, tokens, tokens, PartitionSpec("rows"), *(PartitionSpec(),) * len(traced))
-    arguments = (q, k, v, segment_ids, *traced)
-    return sharding.over_rows_and_heads(kernel, arguments, where, tokens, q.shape[0], k.shape[2])
+    arguments = (*(sharding.over_tokens(x, heads=True) for x in (q, k, v)), segment_ids, *traced)
+    out = sharding.over_rows_and_heads(kernel, arguments, where, tokens, q.shape[0], k.shape[2])
+    return sharding.over_tokens(out, heads=True)
 
 
 def attend_cached(
@@ -141,7 +144,7 @@ def attend_cached(
     """Attention of L new tokens to the ring cache and to each other, and the cache after them.
 
     Token p lives in slot p while p < S, else in slot S + (p - S) % W, so that the cache holds the first S and the
-    last W tokens of each row, whatever its phase.
+    last W tokens of each row, whatever its phase. One token a row is decoded by `pallas_kernels.swa_decode`.
 
     Args:
       q: [B, L, Hq, D]; k, v: [B, L, Hkv, D], rotated to their absolute positions.
@@ -153,48 +156,60 @@ def attend_cached(
 
     Returns:
       [B, L, Hq, D] and the updated cache. Rows of padding are arbitrary but finite.
+
+    Under a mesh every device computes its own rows and heads; see `sharding.over_rows_and_heads`.
     """
+
+    def local(q, k, v, keys, values, position, lengths, window, sinks):
+        sizes = {"window": window, "sinks": sinks, "scale": scale}
+        held = keys.astype(k.dtype), values.astype(v.dtype)
+        if q.shape[1] == 1:
+            one = q[:, 0], k[:, 0], v[:, 0]
+            out = pallas_kernels.swa_decode(*one, *held, position, sink_slots=sink_slots, **sizes)[:, None]
+        else:
+            out = _attend_some(q, k, v, *held, position, lengths, sink_slots=sink_slots, **sizes)
+        return out, _write_slots((keys, values), (k, v), position, lengths, sink_slots)
+
+    tokens, rows, every = PartitionSpec("rows", None, "heads"), PartitionSpec("rows"), PartitionSpec()
+    arguments = (q, k, v, *cache, position, lengths, jnp.asarray(window), jnp.asarray(sinks))
+    where = (*(tokens,) * 5, rows, rows, every, every)
+    return sharding.over_rows_and_heads(local, arguments, where, (tokens, (tokens, tokens)), q.shape[0], k.shape[2])
+
+
+def _attend_some(q, k, v, keys, values, position, lengths, *, sink_slots, window, sinks, scale) -> jax.Array:
+    """Attention of L tokens to a cache [B, T, Hkv, D], which is not copied, and to each other; see `attend_cached`."""
     batch, length, heads, dim = q.shape
-    kv_heads = k.shape[2]
-    ring = cache[0].shape[1] - sink_slots
+    count = keys.shape[1]
     offsets = jnp.arange(length, dtype=jnp.int32)
     q_pos = position[:, None] + offsets  # [B, L]
-    k_pos = jnp.concatenate([_slot_positions(position, sink_slots, ring), q_pos], axis=1)  # [B, S + W + L]
-    new = offsets < lengths[:, None]
-    real = jnp.concatenate([k_pos[:, : sink_slots + ring] >= 0, new], axis=1)
+    held = slots.held(position[:, None], jnp.arange(count, dtype=jnp.int32), sink_slots, count)
+    k_pos = jnp.concatenate([held, q_pos], axis=1)  # [B, T + L]
+    real = jnp.concatenate([held >= 0, offsets < lengths[:, None]], axis=1)
     distance = q_pos[:, :, None] - k_pos[:, None, :]
     visible = (distance >= 0) & ((distance < window) | (k_pos < sinks)[:, None, :]) & real[:, None, :]
 
-    keys = jnp.concatenate([cache[0].astype(k.dtype), k], axis=1)
-    values = jnp.concatenate([cache[1].astype(v.dtype), v], axis=1)
     precision = jax.lax.Precision.HIGHEST if q.dtype == jnp.float32 else None
-    grouped = q.reshape(batch, length, kv_heads, heads // kv_heads, dim)
-    logits = jnp.einsum(
-        "blhgd,bkhd->bhglk", grouped, keys, precision=precision, preferred_element_type=jnp.float32
-    )  # [B, Hkv, Hq / Hkv, L, S + W + L]
-    logits = jnp.where(visible[:, None, None], logits * scale, -1e30)
-    weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
-    out = jnp.einsum("bhglk,bkhd->blhgd", weights, values, precision=precision, preferred_element_type=jnp.float32)
+    dot = functools.partial(jnp.einsum, precision=precision, preferred_element_type=jnp.float32)
+    grouped = q.reshape(batch, length, k.shape[2], -1, dim)
+    scores = jnp.concatenate([dot("blhgd,bkhd->bhglk", grouped, x) for x in (keys, k)], axis=-1) * scale
+    scores = jnp.where(visible[:, None, None], scores, -1e30)
+    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)  # [B, Hkv, G, L, T + L]
+    cached, new = weights[..., :count], weights[..., count:]
+    out = dot("bhglk,bkhd->blhgd", cached, values) + dot("bhglk,bkhd->blhgd", new, v)
+    return out.reshape(batch, length, heads, dim).astype(q.dtype)
 
-    keep = new & (q_pos >= (position + lengths)[:, None] - ring) | (new & (q_pos < sink_slots))
-    slot = jnp.where(q_pos < sink_slots, q_pos, sink_slots + (q_pos - sink_slots) % ring)
+
+def _write_slots(cache, new, position, lengths, sink_slots: int) -> tuple[jax.Array, jax.Array]:
+    """Two caches [B, S + W, Hkv, D] with the real ones of new tokens [B, L, Hkv, D] in their slots."""
+    offsets = jnp.arange(new[0].shape[1], dtype=jnp.int32)
+    p = position[:, None] + offsets  # [B, L]
+    ring = cache[0].shape[1] - sink_slots
+    keep = (offsets < lengths[:, None]) & ((p >= (position + lengths)[:, None] - ring) | (p < sink_slots))
+    slot = jnp.where(p < sink_slots, p, sink_slots + (p - sink_slots) % ring)
     slot = jnp.where(keep, slot, sink_slots + ring)  # out of bounds: dropped
-    rows = jnp.arange(batch)[:, None]
-    written = (
-        cache[0].at[rows, slot].set(k.astype(cache[0].dtype), mode="drop"),
-        cache[1].at[rows, slot].set(v.astype(cache[1].dtype), mode="drop"),
-    )
-    return out.reshape(batch, length, heads, dim).astype(q.dtype), written
-
-
-def _slot_positions(position: jax.Array, sink_slots: int, ring: int) -> jax.Array:
-    """Which token each cache slot holds after `position` [B] tokens, int32 [B, S + W]; negative where none."""
-    sink = jnp.arange(sink_slots, dtype=jnp.int32)[None, :]
-    sink = jnp.where(sink < position[:, None], sink, -1)
-    last = position[:, None] - 1  # the newest token
-    slot = jnp.arange(ring, dtype=jnp.int32)[None, :]
-    held = last - (last - sink_slots - slot) % ring
-    return jnp.concatenate([sink, jnp.where((held >= sink_slots) & (last >= sink_slots), held, -1)], axis=1)
+    rows = jnp.arange(slot.shape[0])[:, None]
+    keys, values = (x.at[rows, slot].set(y.astype(x.dtype), mode="drop") for x, y in zip(cache, new, strict=True))
+    return keys, values
 
 
 def causal_conv(
@@ -261,8 +276,10 @@ def remember(
     after = pallas_kernels.MemoryState._make((row_heads, row_heads, row_heads, row_heads, rows))
     before = None if state is None else after
     where = (tokens, tokens, tokens, tokens, tokens, PartitionSpec("heads"), before, rows, rows)
-    arguments = (q, k, v, lr, momentum, init, state, valid, reset)
-    return sharding.over_rows_and_heads(kernel, arguments, where, (tokens, after), q.shape[0], q.shape[2])
+    per_token = (sharding.over_tokens(x, heads=True) for x in (q, k, v, lr, momentum))
+    arguments = (*per_token, init, state, valid, reset)
+    out, state = sharding.over_rows_and_heads(kernel, arguments, where, (tokens, after), q.shape[0], q.shape[2])
+    return sharding.over_tokens(out, heads=True), state
 
 
 def start_memory(

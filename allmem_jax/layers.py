@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 import pallas_kernels
 from allmem_jax import config as config_lib
-from allmem_jax import functional, linear_memory
+from allmem_jax import functional, linear_memory, sharding
 
 Rope = tuple[jax.Array, jax.Array]
 
@@ -376,4 +376,5 @@ class DecoderLayer(nn.Module):
             x = x + remembered
         hidden = Mlp(c, name="mlp")(norm("mlp_norm", x))
         x = x + (norm("post_mlp_norm", hidden) if c.sandwich_norms else hidden)
+        x = x if state is not None else sharding.over_tokens(x)
         return x, None if cache is None else LayerState(*cache, *(learned or (None, None)))

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from allmem_jax import config as config_lib
-from allmem_jax import functional, layers
+from allmem_jax import functional, layers, sharding
 from allmem_jax import state as state_lib
 
 Params = dict[str, Any]
@@ -62,12 +62,13 @@ class AllMemLM(nn.Module):
             raise ValueError(f"tokens must be integers [B, L]; got {tokens.dtype} {list(tokens.shape)}")
         embed = nn.Embed(c.vocab_size, c.d_model, embedding_init=nn.initializers.normal(0.02), name="embed")
         table = embed.embedding
-        x = jnp.take(table, tokens, axis=0).astype(c.dtype) * jnp.asarray(c.embed_scale, c.dtype)
+        x = jnp.take(sharding.whole_rows(table), tokens, axis=0).astype(c.dtype) * jnp.asarray(c.embed_scale, c.dtype)
+        x = x if state is not None else sharding.over_tokens(x)
         shared = self._shared(tokens, lengths, segment_ids, state, window, sinks)
         local = jnp.asarray(c.local_layers or (False,) * c.n_layers)
         past = None if state is None else layers.LayerState(state.keys, state.values, state.conv, state.memory)
         stack = nn.scan(
-            nn.remat(layers.DecoderLayer, prevent_cse=False),
+            _rematerialised(c.remat),
             variable_axes={"params": 0, "intermediates": 0},
             split_rngs={"params": True},
             in_axes=(0, nn.broadcast),
@@ -113,15 +114,27 @@ class AllMemLM(nn.Module):
         )
 
 
+def _rematerialised(policy: str) -> Any:
+    """The decoder layer, saving for its backward pass what `ModelConfig.remat` says."""
+    if policy == "none":
+        return layers.DecoderLayer
+    saved = {"layer": None, "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}[policy]
+    return nn.remat(layers.DecoderLayer, prevent_cse=False, policy=saved)
+
+
 def head_kernel(params: Params, config: config_lib.ModelConfig) -> jax.Array:
     """The output head [d, V]: the transposed embedding where the config ties them."""
     return params["embed"]["embedding"].T if config.tie_embeddings else params["lm_head"]["kernel"]
 
 
+def random_params(config: config_lib.ModelConfig, seed: int = 0) -> Params:
+    """Random parameters of the whole model, float32: traced, for a caller that says where they are to lie."""
+    return AllMemLM(config).init(jax.random.key(seed), jnp.zeros((1, 1), jnp.int32))["params"]
+
+
 def init_params(config: config_lib.ModelConfig, seed: int = 0) -> Params:
     """Random parameters of the whole model, float32."""
-    tokens = jnp.zeros((1, 1), jnp.int32)
-    return jax.jit(lambda key: AllMemLM(config).init(key, tokens)["params"])(jax.random.key(seed))
+    return jax.jit(random_params, static_argnums=(0, 1))(config, seed)
 
 
 def init_memory(config: config_lib.ModelConfig, seed: int = 0) -> Params:

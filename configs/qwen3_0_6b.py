@@ -1,14 +1,29 @@
-"""Qwen3-0.6B with the paper's settings: 3 million tokens, everything drawn anew each step (arXiv 2602.13680).
+"""Qwen3-0.6B with the paper's settings: 3 million tokens, window, sinks and chunk drawn each step (arXiv 2602.13680).
 
-    python -m train.finetune configs/qwen3_0_6b.py --model PATH/Qwen3-0.6B --texts PATH/TO/TEXTS
+    python -m train.finetune configs/qwen3_0_6b.py --model MODELS/Qwen3-0.6B                    # one H100
+    python -m train.finetune configs/qwen3_0_6b.py --model MODELS/Qwen3-0.6B --mesh 1 1 1 8     # v5e-8, 2x4
+    python -m train.finetune configs/qwen3_0_6b.py --model MODELS/Qwen3-0.6B --mesh 1 8 1 8 --batch 8 --steps 16 \
+        --warmup 2 --checkpoint_every 4                                                         # v5p, 4x4x4
 
-For an accelerator: 128 steps of one row of 24,576 tokens are 3.1 million. Windows may be shorter than chunks, as in the
-paper; the run warns of it. On several devices give --mesh (data, fsdp, tensor, context) and a batch that divides.
+Rows are 24,576 tokens: whole long chats with the loss on the assistant's turns, and as often short chats, packed in
+pieces of 4,096 tokens, with the loss on everything. Put both in data/long_chats and data/short_chats (files of
+{"messages": [...]}), or name others: --mixture.0.texts FOLDER --mixture.1.texts FOLDER. The shares are ours, not the
+paper's. Windows may be shorter than chunks, as in the paper; the run warns of it.
+
+Not run yet. By the formulas of train/flops.py at 40 % of the peak: 1.5 minutes on one H100, 1 minute on v5e-8 and 3
+seconds on 64 chips of v5p, to which compiling four chunk sizes adds minutes. On v5e-8 a device needs 3.5 of 15.7 GiB by
+the plan (--compile_only v5e:2x4).
+Sixty-four chips want 8 rows a step, which leaves 16 updates: they are for longer runs.
 """
 
+from train import data
 from train.recipe import FinetuneConfig
 
 config = FinetuneConfig(
+    mixture=(
+        data.Part(texts=("data/long_chats",), response_only=True),
+        data.Part(texts=("data/short_chats",), piece=4096),
+    ),
     out="out/qwen3-0.6b",
     steps=128,
     batch=1,

@@ -1,6 +1,8 @@
 """Every kernel through the compilers of its devices, which run on any machine: `make test-aot` installs them."""
 
 import importlib.util
+import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -8,8 +10,9 @@ import pytest
 
 from allmem_jax import config as config_lib
 from allmem_jax import model, sharding
-from pallas_kernels import compiling, topology
-from train import steps
+from pallas_kernels import compiling, topology, tpu_kind
+from train import plan, steps
+from train.recipe import FinetuneConfig
 
 pytestmark = pytest.mark.aot
 DTYPES = ("bfloat16", "float32")
@@ -54,6 +57,31 @@ def test_attention_compiles(name, dim, groups, documents, dtype):
 
 
 @pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "dim,groups,kv_heads,slots,batch",
+    [(32, 1, 8, 300, 8), (64, 3, 3, 1153, 2), (128, 2, 8, 4224, 1), (256, 4, 2, 640, 8)],
+)
+def test_decode_compiles(name, dim, groups, kv_heads, slots, batch, dtype):
+    sizes = {"groups": groups, "kv_heads": kv_heads, "batch": batch}
+    text = compiling.decode(name, dim, dtype, slots, **sizes).as_text()
+    assert ("triton_kernel_call" if name == "h100" else "swa_decode") in text
+
+
+@needs_tpu
+@pytest.mark.parametrize("name,kind", [("v5e", "v5e"), ("v5p", "v5p"), ("v6e", "v6e"), ("tpu7x", "7x")])
+def test_tiles_are_those_of_the_device_that_is_compiled_for(name, kind):
+    found = []
+
+    def function(x):
+        found.append(tpu_kind.traced_for())
+        return 2 * x
+
+    compiling.for_one_device(name, function, jax.ShapeDtypeStruct((8, 128), jnp.float32))
+    assert set(found) == {kind}
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_a_training_step_of_qwen3_compiles(name):
     devices = len(topology.devices(name))
     mesh = topology.mesh(name, (1, devices, 1, 1), sharding.AXES)
@@ -79,7 +107,7 @@ def test_a_training_step_of_qwen3_compiles(name):
 
     def step(state, backbone, batch, window, sinks, key):
         hidden = steps.teacher_hidden(backbone, config, batch)
-        return steps.distill_step(
+        return steps.train_step(
             state, backbone, batch, hidden, window, sinks, key, config=config, loss=steps.Loss(), optimizer=optimizer
         )
 
@@ -87,3 +115,24 @@ def test_a_training_step_of_qwen3_compiles(name):
         compiled = jax.jit(step, donate_argnums=0).lower(state, place(backbone), batch, size, size, key).compile()
     assert compiled.as_text().count("triton_kernel_call" if name == "h100" else "tpu_custom_call") >= 5
     assert compiled.memory_analysis().temp_size_in_bytes < 12 * 2**30
+
+
+LONG = [
+    pytest.param("h100", (1, 1, 1, 1), 1, 24576, marks=needs_gpu),
+    pytest.param("v5p:4x4x4", (1, 8, 1, 8), 8, 131072, marks=needs_tpu),
+]
+
+
+@pytest.mark.parametrize(("name", "shape", "rows", "length"), LONG)
+def test_long_distillation_of_qwen3_fits(name, shape, rows, length):
+    """The step as it is trained, teacher and student: it fits, and nowhere are there logits of a sequence."""
+    recipe = FinetuneConfig(
+        model="qwen3-1.7b", out="unused", batch=rows, seq_length=length, window=(512, 8192), sinks=(0, 256),
+        chunk=(512,), dtype="bfloat16", backbone_dtype="bfloat16", mesh=shape,
+    )  # fmt: skip
+    config = plan.planned_config(recipe)
+    found = plan.compile_step(recipe, config, topology.mesh(name, shape, sharding.AXES))
+    assert found.peak < plan.DEVICES[name.split(":")[0]][1]
+    shapes = (tuple(map(int, dims.split(","))) for dims in re.findall(r"\b(?:f32|bf16)\[([\d,]+)\]", found.text))
+    largest = max(math.prod(shape) // config.vocab_size for shape in shapes if config.vocab_size in shape)
+    assert largest <= config.d_model  # the embedding's; a quarter of the row's tokens have a loss

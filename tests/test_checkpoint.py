@@ -23,6 +23,7 @@ def test_round_trip_keeps_the_newest(tmp_path):
         assert run.restore(arrays()) is None
         for step in (1, 2, 3):
             run.save(step, arrays(step), {"next": step})
+        run.wait()
         assert run.steps == [2, 3]
         run.save(3, arrays(9), {})  # there already: stays
     with checkpoint.Checkpoints(tmp_path / "run", {"rate": 0.1}) as run:
@@ -61,6 +62,7 @@ def test_half_written_steps_are_removed(tmp_path):
     with checkpoint.Checkpoints(tmp_path, {}) as run:
         assert run.steps == [1]
         run.save(2, arrays(2), {})
+        run.wait()
         assert not left.exists()
         same(run.restore(arrays())[1], arrays(2))
 

@@ -26,8 +26,10 @@ THIRD_PARTY = {"pallas_kernels": {"jax", "numpy"}, "allmem_jax": LIBRARY, "train
 EXTRAS = {  # files that want an extra
     "allmem_jax/harness.py": declared(PROJECT["optional-dependencies"]["eval"]),
     "pallas_kernels/bench.py": {"torch"},  # where it is installed, to be measured beside
+    "pallas_kernels/swa/decode_triton.py": {"triton"},
     "pallas_kernels/swa/triton_gpu.py": {"triton"},
     "pallas_kernels/ttt/triton_gpu.py": {"triton"},
+    "train/metrics.py": {"wandb"},  # where a recipe asks for it
 }
 
 

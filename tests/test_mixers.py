@@ -11,7 +11,7 @@ from test_model import LENGTH, TINY, random_params, random_split, random_tokens,
 from allmem_jax import config as config_lib
 from allmem_jax import convert, evals, generation, layers, linear_memory, model, sharding
 from allmem_jax import state as state_lib
-from train import finetune, steps
+from train import finetune, programs, steps
 from train.recipe import FinetuneConfig
 
 pytestmark = pytest.mark.core
@@ -154,7 +154,7 @@ def parameters(config: config_lib.ModelConfig) -> int:
 
 
 def test_as_many_parameters_as_the_memory():
-    configs = {name: config_lib.preset(name) for name in config_lib._PRESETS}
+    configs = {name: config_lib.preset(name) for name in config_lib.PRESETS}
     configs["tiny"] = TINY.replace(d_model=64, n_mem=2, d_mem=32)
     for name in ("tiny", "qwen3-0.6b", "gemma-3-270m"):
         assert parameters(configs[name]) == configs[name].memory_budget, name
@@ -283,17 +283,17 @@ def test_distils_one_step(mixer):
     assert recipe.identity()["mixer"] == mixer
     start = finetune.load(recipe)
     assert start.config.mixer == mixer
-    optimizer = finetune._optimizer(recipe)
+    optimizer = programs.optimizer(recipe)
     tokens = np.random.default_rng(0).integers(0, 256, (2, 25)).astype(np.int32)
     batch = steps.Batch(jnp.asarray(tokens[:, :-1]), jnp.asarray(tokens[:, 1:]), jnp.ones((2, 24), bool))
-    step = jax.jit(functools.partial(steps.distill_step, config=start.config, loss=steps.Loss(), optimizer=optimizer))
+    step = jax.jit(functools.partial(steps.train_step, config=start.config, loss=steps.Loss(), optimizer=optimizer))
     teacher = jnp.asarray(np.random.default_rng(1).normal(size=(2, 24, start.config.d_model)), jnp.float32)
     state = steps.init_state(start.memory, optimizer)
     after, values = step(state, start.backbone, batch, teacher, np.int32(6), np.int32(1), jax.random.key(0))
     assert int(after.skipped) == 0 and float(values["alpha_rms"]) > 0
     assert {"memory_lr", "memory_decay", "memory_state"} <= values.keys()
     again, values = step(after, start.backbone, batch, teacher, np.int32(6), np.int32(1), jax.random.key(0))
-    moved = jax.tree.map(lambda a, b: bool((a != b).any()), after.memory, again.memory)
+    moved = jax.tree.map(lambda a, b: bool((a != b).any()), after.trained, again.trained)
     assert all(jax.tree.leaves(moved)), moved
 
 

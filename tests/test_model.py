@@ -266,3 +266,16 @@ def test_model_refuses_what_it_cannot_mean():
         state_lib.init_state(TINY.replace(mixer="full"), 1)
     with pytest.raises(ValueError, match="tokens must be integers"):
         model.AllMemLM(TINY).apply({"params": params}, tokens[0])
+
+
+@pytest.mark.parametrize("remat", ["dots", "none"])
+def test_what_a_layer_keeps_changes_no_gradient(remat):
+    tokens = jnp.asarray(np.random.default_rng(0).integers(0, TINY.vocab_size, (2, 24)))
+    params = model.init_params(TINY)
+
+    def gradient(config):
+        loss = lambda params: jnp.sum(jnp.square(model.AllMemLM(config).apply({"params": params}, tokens)))  # noqa: E731
+        return jax.jit(jax.grad(loss))(params)
+
+    for got, want in zip(*map(jax.tree.leaves, (gradient(TINY.replace(remat=remat)), gradient(TINY))), strict=True):
+        assert np.linalg.norm(got - want) <= 1e-5 * np.linalg.norm(want)

@@ -86,6 +86,11 @@ def attend(q, k, v, window):
 def remember(q, k, v, lr, momentum, init, state):
     return functional.remember(q, k, v, lr, momentum, init, state, chunk=8, valid=None, reset=None)
 
+def decode(q, k, v, keys, values, position, lengths, window):
+    q, k, v = q[:, :1], k[:, :1, :2], v[:, :1, :2]
+    sizes = {"sink_slots": 2, "window": window, "sinks": 2, "scale": 0.5}
+    return functional.attend_cached(q, k, v, (keys, values), position, lengths, **sizes)
+
 def check(function, arguments, where):
     def loss(*arguments):
         return sum(jnp.sum(jnp.sin(x)) for x in jax.tree.leaves(function(*arguments)) if x.dtype == jnp.float32)
@@ -103,6 +108,9 @@ def check(function, arguments, where):
 
 tokens, row_heads = P("fsdp", None, "tensor"), P("fsdp", "tensor")
 check(attend, (q, k, v, jnp.int32(5)), (tokens, tokens, tokens, P()))
+cache, row = [normal(4, 9, 2, 8) for _ in range(2)], P("fsdp")
+counts = jnp.asarray([0, 3, 9, 40], jnp.int32), jnp.asarray([1, 0, 1, 1], jnp.int32)
+check(decode, (q, k, v, *cache, *counts, jnp.int32(5)), (*[tokens] * 5, row, row, P()))
 weights = pallas_kernels.FastWeights(*[P("tensor")] * 3)
 state = pallas_kernels.MemoryState(*[pallas_kernels.FastWeights(*[row_heads] * 3)] * 3, row_heads, P("fsdp"))
 check(remember, (q, k, v, lr, momentum, init, start), (*[tokens] * 5, weights, state))

@@ -28,7 +28,7 @@ class Checkpoints:
     """The checkpoints of one run, in one folder; a context manager.
 
     Saving is atomic: a step exists completely or not at all. What a killed process left half-written is never listed;
-    it is removed in the background when the folder is opened again, at the latest before the next save returns.
+    it is removed in the background when the folder is opened again, at the latest before the next save is complete.
 
     Args:
       directory: created when missing.
@@ -40,6 +40,7 @@ class Checkpoints:
         if keep < 1:
             raise ValueError(f"keep={keep} must be at least 1")
         self._identity = json.loads(json.dumps(identity))  # what it will look like when read back
+        self._saving: Any = None
         self._manager = ocp.training.Checkpointer(
             Path(directory).absolute(),
             save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
@@ -51,7 +52,10 @@ class Checkpoints:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._manager.close()
+        try:
+            self.wait()
+        finally:
+            self._manager.close()
 
     @property
     def steps(self) -> list[int]:
@@ -59,17 +63,30 @@ class Checkpoints:
         return [checkpoint.step for checkpoint in self._manager.checkpoints]
 
     def save(self, step: int, arrays: Any, record: dict[str, Any]) -> None:
-        """Writes one step and returns when it is complete; a step that is there already stays as it is.
+        """Writes one step in the background; a step that is there already stays as it is.
+
+        Returns once the arrays are copied, so that they may be given away. A save that is still under way is waited
+        for first, and leaving the context waits for the last one.
 
         Args:
           step: number of steps done.
           arrays: pytree of `jax.Array`.
           record: JSON values.
+
+        Raises:
+          OSError: this save or the one before could not be written, as on a full disk; older steps stay.
         """
+        self.wait()
         if step in self.steps:
             return
         metadata = {"identity": self._identity, "shapes": _shapes(arrays), "record": record}
-        self._manager.save_checkpointables(step, {"arrays": arrays}, custom_metadata=metadata)
+        self._saving = self._manager.save_checkpointables_async(step, {"arrays": arrays}, custom_metadata=metadata)
+
+    def wait(self) -> None:
+        """Returns when nothing is being written."""
+        saving, self._saving = self._saving, None
+        if saving is not None:
+            saving.result()
 
     def restore(self, like: Any, step: int | None = None) -> tuple[int, Any, dict[str, Any]] | None:
         """The newest checkpoint (or that of `step`), placed as `like` is; None when there is none.
@@ -81,6 +98,7 @@ class Checkpoints:
         Raises:
           CheckpointMismatch: it was written by another run; every difference is named with both values.
         """
+        self.wait()
         if not self.steps:
             return None
         step = self.steps[-1] if step is None else step

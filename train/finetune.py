@@ -1,21 +1,22 @@
-"""Distils a pretrained model into AllMem: `python -m train.finetune configs/RECIPE.py [--field value ...]`.
+"""Trains a hybrid model: `python -m train.finetune configs/RECIPE.py [--field value ...]`.
 
-A run owns its output folder: checkpoints/, metrics.jsonl, recipe.json, and at the end allmem.safetensors (the memory),
-allmem_config.json and model/ (everything). The same command goes on where the last one stopped, with the same losses
-as if it never had.
+Two objectives share the loop. Distillation trains the memory of a pretrained model, whose other parameters stay as they
+are; pretraining trains everything. A run owns its output folder: checkpoints/, metrics.jsonl, recipe.json, and at the
+end allmem.safetensors (the memory), allmem_config.json and model/ (everything). The same command goes on where the last
+one stopped, with the same losses as if it never had, also on another mesh or with another number of processes.
 """
 
 import dataclasses
+import errno
 import functools
 import json
 import os
 import runpy
 import signal
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,46 +25,62 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
 import tyro
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from allmem_jax import config as config_lib
-from allmem_jax import convert, files, model, sharding
-from train import checkpoint, data, metrics, steps, tiny
+from allmem_jax import convert, files, model, sharding, tokenizer
+from train import checkpoint, data, distributed, flops, metrics, plan, programs, steps, tiny
 from train.recipe import FinetuneConfig
 
 
 class Pretrained(NamedTuple):
-    """What a run starts from: the student's config, the frozen parameters, the memory's, and the tokenizer."""
+    """What a run starts from.
+
+    Attributes:
+      config: of the student.
+      backbone: all parameters but the memory's; None for random ones, made where they are to lie.
+      memory: the memory's parameters; None likewise.
+      tokenizer: of the texts.
+    """
 
     config: config_lib.ModelConfig
-    backbone: model.Params
-    memory: model.Params
+    backbone: Any
+    memory: Any
     tokenizer: Any
 
 
 def load(config: FinetuneConfig) -> Pretrained:
     """The model that a recipe names, with a fresh memory unless the folder has one."""
     overrides = config.model_overrides()
-    tokenizer: Any
     if config.model == "tiny":
-        model_config, params, tokenizer = tiny.CONFIG.replace(**overrides), tiny.backbone(), tiny.ByteTokenizer()
-    else:
-        loaded, params, tokenizer = convert.load_pretrained(
-            config.model, dtype=config.backbone_dtype, mixer=config.mixer
-        )
-        model_config = loaded.replace(**overrides)
-    if tokenizer is None:
+        fields = tiny.CONFIG.replace(**overrides)
+        return Pretrained(fields, tiny.backbone(), model.init_memory(fields, config.seed), tiny.ByteTokenizer())
+    if config.model in config_lib.PRESETS and not Path(config.model).exists():
+        found = tokenizer.load_tokenizer(Path(config.tokenizer)) if config.tokenizer else None
+        if found is None:
+            raise ValueError(
+                f"tokenizer={config.tokenizer!r}: the preset {config.model} comes without one; name a folder or a .gguf"
+                " file that has it"
+            )
+        return Pretrained(config_lib.preset(config.model, **overrides), None, None, found)
+    loaded, params, found = convert.load_pretrained(config.model, dtype=config.backbone_dtype, mixer=config.mixer)
+    if found is None:
         raise ValueError(f"{config.model} has no tokenizer, which the texts need; add its tokenizer.json")
     backbone, memory = model.split_params(params)
-    return Pretrained(model_config, backbone, memory or model.init_memory(model_config, config.seed), tokenizer)
+    fields = loaded.replace(**overrides)
+    return Pretrained(fields, backbone, memory or model.init_memory(fields, config.seed), found)
 
 
 def run(config: FinetuneConfig, pretrained: Pretrained | None = None, rows: data.Source | None = None) -> Path:
     """Trains until `config.steps`, resuming what is in the output folder, and writes the result.
 
+    Every process of a run calls it alike, on a folder that all of them see.
+
     Args:
       config: the recipe.
       pretrained: in place of what `load` gives, for a caller that holds the model already.
-      rows: in place of rows cut from `config.texts`, for a task that makes its own.
+      rows: in place of rows cut from the recipe's texts, for a task that makes its own.
 
     Returns:
       The output folder.
@@ -72,111 +89,230 @@ def run(config: FinetuneConfig, pretrained: Pretrained | None = None, rows: data
       ValueError: a field, a text or the model cannot work; `checkpoint.CheckpointMismatch` when the folder belongs
         to another run.
       FloatingPointError: too many non-finite steps in a row.
-      SystemExit: stopped by Ctrl-C or SIGTERM, after a checkpoint.
+      SystemExit: stopped, after a checkpoint: 0 by SIGTERM, as schedulers expect, 130 by Ctrl-C.
     """
     config.check()
-    pretrained = load(config) if pretrained is None else pretrained
+    mesh = sharding.make_mesh(*config.mesh)
+    config.check_mesh(tuple(mesh.shape.values()))
+    if pretrained is None:
+        with _host_memory():
+            pretrained = load(config)
     _check_finite(pretrained.backbone)
+    plan.warn_of_repeated_work(pretrained.config, dict(mesh.shape))
+    rows = read_rows(config, pretrained, config.texts) if rows is None else rows
+    held_out = read_rows(config, pretrained, config.eval_texts) if config.eval_texts else None
     out = Path(config.out)
     out.mkdir(parents=True, exist_ok=True)
-    if rows is None:
-        documents = data.load_documents(config.texts, pretrained.tokenizer, Path(config.cache))
-        align = max(config.chunk) if config.pack else None
-        rows = data.Rows(documents, config.seq_length, align=align, response_only=config.response_only)
-    identity = config.identity() | {
-        "backbone": checkpoint.content_hash(pretrained.backbone),
-        "data": rows.content_hash(),
-    }
+    random = pretrained.backbone is None
+    origin = f"random {config.model}" if random else checkpoint.content_hash(pretrained.backbone)
+    identity = config.identity() | {"backbone": origin, "data": rows.content_hash()}
     with checkpoint.Checkpoints(out / "checkpoints", identity, config.keep) as checkpoints:
-        memory = _train(config, pretrained, rows, checkpoints)
-    _export(config, pretrained, memory)
+        trained = _train(config, pretrained, rows, held_out, mesh, checkpoints)
+    export(config, pretrained, trained)
     return out
 
 
+def read_rows(config: FinetuneConfig, pretrained: Pretrained, texts: Sequence[str]) -> data.Source:
+    """Rows of the texts, or where there are none of the recipe's mixture, whose tokens the model must know."""
+    if not texts and not config.mixture:
+        raise ValueError("there is nothing to train on: give --texts FILE_OR_FOLDER ...")
+    align, cache = max(config.chunk) if config.packed else None, Path(config.cache)
+    rows: Any
+    if texts:
+        documents = data.load_documents(texts, pretrained.tokenizer, cache)
+        rows = data.Rows(documents, config.seq_length, align=align, response_only=config.response_only)
+    else:
+        rows = data.Mixture(config.mixture, config.seq_length, pretrained.tokenizer, cache, align=align)
+    data.check_tokenizer(pretrained.config.vocab_size, rows.largest_token())
+    return rows
+
+
 def _train(
-    config: FinetuneConfig, pretrained: Pretrained, rows: data.Source, checkpoints: checkpoint.Checkpoints
+    config: FinetuneConfig,
+    pretrained: Pretrained,
+    rows: data.Source,
+    held_out: data.Source | None,
+    mesh: Mesh,
+    checkpoints: checkpoint.Checkpoints,
 ) -> model.Params:
-    """The loop. Returns the trained memory."""
-    out = Path(config.out)
-    mesh = sharding.make_mesh(*config.mesh)
-    backbone = sharding.place(pretrained.backbone, mesh)
-    optimizer = _optimizer(config)
-    state = sharding.place(steps.init_state(sharding.place(pretrained.memory, mesh), optimizer), mesh)
-    stream = data.Stream(rows, config.batch // jax.process_count(), seed=config.seed,
-                         process=jax.process_index(), processes=jax.process_count())  # fmt: skip
+    """The loop. Returns the trained parameters, or their average where the recipe asks for one."""
+    out, main = Path(config.out), distributed.main_process()
+    state, frozen = start(config, pretrained, mesh)
+    own = own_rows(mesh, config.batch)
+    stream = data.Stream(rows, config.batch, seed=config.seed, local=own)
     done = 0
     if (restored := checkpoints.restore(state)) is not None:
         done, state, record = restored
         stream.restore(record["data"])
-        print(f"{out}: going on after step {done} of {config.steps}", file=sys.stderr)
+        _say(f"{out}: going on after step {done} of {config.steps}")
     if done >= config.steps:
-        return state.memory
-    files.write(out / "recipe.json", json.dumps(dataclasses.asdict(config), indent=2))
-    teacher = jax.jit(functools.partial(steps.teacher_hidden, config=pretrained.config))
-    student = _student_steps(config, pretrained.config, optimizer, sharding.tree_shardings(state, mesh))
-    key = jax.random.key(config.seed)
-    log = metrics.MetricsLog(out / "metrics.jsonl", done)
-    with (
-        jax.set_mesh(mesh),
-        log,
-        metrics.Progress(done, config.steps, config.log_every) as progress,
-        _stop_signals() as stopped,
-    ):
-        for step in range(done + 1, config.steps + 1):
-            began = time.perf_counter()
-            batch = _place_batch(next(stream), mesh, config.pack)
-            chunk, window, sinks = config.draw(step)
-            hidden = teacher(backbone, batch=batch)
-            step_key = jax.random.fold_in(key, np.uint32(step))
-            program = chunk if config.mixer == "allmem" else max(config.chunk)  # the baselines have no chunks
-            state, values = student(program)(state, backbone, batch, hidden, window, sinks, step_key)
-            line: dict[str, Any] = {"step": step, "chunk": chunk, "window": int(window), "sinks": int(sinks)}
-            line |= {name: value.item() for name, value in jax.device_get(values).items()}
-            line["tokens_per_s"] = config.batch * config.seq_length / (time.perf_counter() - began)
+        return state.average or state.trained
+    if main:
+        files.write(out / "recipe.json", json.dumps(dataclasses.asdict(config), indent=2))
+    teacher, student = programs.make(config, pretrained.config, sharding.tree_shardings(state, mesh), mesh)
+    evaluate = _evaluation(config, pretrained.config, held_out, teacher, mesh)
+    events = out / "tensorboard" if config.tensorboard else None
+    log = metrics.MetricsLog(out / "metrics.jsonl", done, tensorboard=events, wandb=config.wandb) if main else None
+    progress = metrics.Progress(done, config.steps, config.log_every) if main else None
+    began, kind = time.perf_counter(), jax.devices()[0].device_kind
+
+    def report(line: dict[str, Any], values: Any) -> None:
+        nonlocal began
+        line |= {name: value.item() for name, value in jax.device_get(values).items()}
+        began, seconds = time.perf_counter(), time.perf_counter() - began
+        line |= flops.speed(config, pretrained.config, line, seconds, mesh.size, kind) | _device_memory()
+        if log is not None and progress is not None:
             log.write(line)
             progress.show(line)
-            _stop_if_diverged(line, config)
-            if step == config.steps or step % config.checkpoint_every == 0 or stopped():
+        _stop_if_diverged(line, config)
+
+    waiting: tuple[dict[str, Any], Any] | None = None  # a step that is not reported: its values are still computed
+    with (
+        jax.set_mesh(mesh),
+        log or nullcontext(),
+        progress or nullcontext(),
+        distributed.stop_signals() as stopped,
+        _profiler(config, out, done) as profile,
+    ):
+        for step in range(done + 1, config.steps + 1):
+            profile(step)
+            batch = place_batch(next(stream), mesh, own, config.batch, config.packed)
+            chunk, window, sinks = config.draw(step)
+            hidden = teacher(frozen, batch) if teacher else None
+            program = chunk if config.mixer == "allmem" else max(config.chunk)  # the baselines have no chunks
+            state, values = student(program)(state, frozen, batch, hidden, window, sinks, programs.draw(config, step))
+            if waiting:
+                report(*waiting)
+            waiting = {"step": step, "chunk": chunk, "window": int(window), "sinks": int(sinks)}, values
+            stop = stopped(step)
+            last = stop or step == config.steps
+            if evaluate and (last or step % config.eval_every == 0):
+                jax.block_until_ready(values)
+                paused = time.perf_counter()
+                waiting[0].update(evaluate(state.trained, frozen))
+                began += time.perf_counter() - paused
+            if last or step % config.checkpoint_every == 0:
+                report(*waiting)
+                waiting = None
                 checkpoints.save(step, state, {"data": stream.state()})
-            if stopped() and step < config.steps:
-                print(f"{out}: stopped after step {step}; the same command goes on", file=sys.stderr)
-                raise SystemExit(128 + stopped())
-    return state.memory
+            if stop and step < config.steps:
+                checkpoints.wait()
+                _say(f"{out}: stopped after step {step}; the same command goes on")
+                raise SystemExit(0 if stop == signal.SIGTERM else 128 + stop)
+    return state.average or state.trained
 
 
-def _optimizer(config: FinetuneConfig) -> Any:
-    schedule = steps.wsd_schedule(config.learning_rate, config.steps, config.warmup, config.decay)
-    return steps.make_optimizer(schedule, config.betas, config.weight_decay, config.clip)
+def start(config: FinetuneConfig, pretrained: Pretrained, mesh: Mesh) -> tuple[steps.TrainState, model.Params]:
+    """The state before the first step, and the frozen parameters, where they belong on the mesh."""
+    if pretrained.backbone is None or pretrained.memory is None:
+        init = functools.partial(programs.random_params, config, pretrained.config)
+        params = jax.jit(init, out_shardings=sharding.tree_shardings(jax.eval_shape(init), mesh))()
+    else:
+        params = sharding.place(model.merge_params(pretrained.backbone, pretrained.memory), mesh)
+    trained, frozen = programs.split(config, params)
+    first = functools.partial(programs.initial_state, config)
+    shardings = sharding.tree_shardings(jax.eval_shape(first, trained), mesh)
+    return jax.jit(first, out_shardings=shardings)(trained), frozen
 
 
-def _student_steps(
-    config: FinetuneConfig, model_config: config_lib.ModelConfig, optimizer: Any, shardings: Any
-) -> Callable[[int], Any]:
-    """chunk -> its jitted step; each chunk compiles once, when it is first drawn."""
-    loss = steps.Loss(
-        positions=config.positions, beyond_window=config.beyond_window, inside_weight=config.inside_weight,
-        ce_weight=config.ce_weight, block=config.loss_block,
-    )  # fmt: skip
+def _evaluation(
+    config: FinetuneConfig, model_config: config_lib.ModelConfig, held_out: data.Source | None, teacher: Any, mesh: Mesh
+) -> Callable[[model.Params, model.Params], dict[str, float]] | None:
+    """(trained, frozen) -> means over the first batches of the held-out texts; None without such texts."""
+    if held_out is None:
+        return None
+    loss = programs.step_loss(config)
+    one = jax.jit(
+        functools.partial(steps.evaluate, config=model_config, loss=loss),
+        out_shardings=NamedSharding(mesh, PartitionSpec()),
+    )
+    own = own_rows(mesh, config.batch)
 
-    @functools.cache
-    def student(chunk: int) -> Any:
-        step = functools.partial(
-            steps.distill_step, config=model_config.replace(chunk=chunk), loss=loss, optimizer=optimizer
-        )
-        return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
+    def evaluate(trained: model.Params, frozen: model.Params) -> dict[str, float]:
+        stream = data.Stream(held_out, config.batch, seed=0, local=own)
+        found = []
+        for _ in range(config.eval_batches):
+            batch = place_batch(next(stream), mesh, own, config.batch, config.packed)
+            found.append(one(trained, frozen, batch, teacher(frozen, batch) if teacher else None))
+        means = jax.tree.map(lambda *values: float(np.nanmean(values)), *jax.device_get(found))
+        return {f"eval_{name}": value for name, value in means.items() if name != "loss"}
 
-    return student
+    return evaluate
 
 
-def _place_batch(arrays: dict[str, np.ndarray], mesh: jax.sharding.Mesh, packed: bool) -> steps.Batch:
+def own_rows(mesh: Mesh, batch: int) -> list[int]:
+    """The rows of a batch of which this process holds some tokens, in their order."""
+    places = sharding.batch_sharding(mesh, tokens=False).addressable_devices_indices_map((batch,))
+    return sorted({row for index in places.values() if index for row in range(*index[0].indices(batch))})
+
+
+def place_batch(arrays: dict[str, np.ndarray], mesh: Mesh, own: list[int], batch: int, packed: bool) -> steps.Batch:
     """This process's rows as its part of global arrays."""
-    place = functools.partial(jax.make_array_from_process_local_data, sharding.batch_sharding(mesh))
-    segments = place(arrays["segment_ids"]) if packed else None
-    return steps.Batch(place(arrays["tokens"]), place(arrays["targets"]), place(arrays["mask"]), segments)
+    where = sharding.batch_sharding(mesh)
+
+    def place(name: str) -> jax.Array:
+        local = arrays[name]
+
+        def part(index: Any) -> np.ndarray:
+            first, last, _ = index[0].indices(batch)
+            at = own.index(first)
+            return local[at : at + last - first, index[1]]
+
+        return jax.make_array_from_callback((batch, *local.shape[1:]), where, part)
+
+    segments = place("segment_ids") if packed else None
+    return steps.Batch(place("tokens"), place("targets"), place("mask"), segments)
 
 
-def _check_finite(backbone: model.Params) -> None:
+@contextmanager
+def _profiler(config: FinetuneConfig, out: Path, done: int) -> Iterator[Callable[[int], None]]:
+    """A function to call before each step: it starts and ends the trace that the recipe asks for."""
+    first = done + 3  # the first two compile
+    running = False
+
+    def before(step: int) -> None:
+        nonlocal running
+        if config.profile and step == first:
+            jax.profiler.start_trace(out / "profile")
+            running = True
+        elif running and step == first + config.profile:
+            jax.profiler.stop_trace()
+            running = False
+
+    try:
+        yield before
+    finally:
+        if running:
+            jax.profiler.stop_trace()
+
+
+@contextmanager
+def _host_memory() -> Iterator[None]:
+    """Arrays made in here lie in the host's memory, so that no device holds a whole model beside its part."""
+    try:
+        host = jax.local_devices(backend="cpu")[0]
+    except RuntimeError:  # JAX was told to use another platform alone
+        yield
+        return
+    with jax.default_device(host):
+        yield
+
+
+def _device_memory() -> dict[str, float]:
+    """The most memory that this process's first device has held, in GiB, where the device tells."""
+    stats = jax.local_devices()[0].memory_stats() or {}
+    return {"hbm_gib": stats["peak_bytes_in_use"] / 2**30} if "peak_bytes_in_use" in stats else {}
+
+
+def _say(message: str) -> None:
+    if distributed.main_process():
+        print(message, file=sys.stderr, flush=True)
+
+
+def _check_finite(backbone: model.Params | None) -> None:
     """Raises a ValueError that names parameters with NaN or infinity."""
+    if backbone is None:
+        return
     finite = jax.jit(lambda tree: jax.tree.map(lambda x: jnp.all(jnp.isfinite(x)), tree))(backbone)
     bad = [sharding.path_string(path) for path, ok in jax.tree_util.tree_leaves_with_path(finite) if not ok]
     if bad:
@@ -192,36 +328,24 @@ def _stop_if_diverged(line: dict[str, Any], config: FinetuneConfig) -> None:
         )
 
 
-@contextmanager
-def _stop_signals() -> Iterator[Callable[[], int]]:
-    """Turns a first Ctrl-C or SIGTERM into a number to ask for between steps (0: none); a second acts as usual."""
-    seen: list[int] = []
-    kinds = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
-    before = {kind: signal.getsignal(kind) for kind in kinds}
+def export(config: FinetuneConfig, pretrained: Pretrained, trained: model.Params) -> None:
+    """The memory's weights and the config into the output folder, and the whole model below it.
 
-    def note(number: int, frame: Any) -> None:
-        seen.append(number)
-        signal.signal(number, before[signal.Signals(number)])
-
-    for kind in kinds:
-        signal.signal(kind, note)
-    try:
-        yield lambda: seen[0] if seen else 0
-    finally:
-        for kind in kinds:
-            signal.signal(kind, before[kind])
-
-
-def _export(config: FinetuneConfig, pretrained: Pretrained, memory: model.Params) -> None:
-    """The memory's weights and the config into the output folder, and the whole model below it."""
-    out = Path(config.out)
-    leaves = jax.tree_util.tree_leaves_with_path(memory)
-    flat = {sharding.path_string(path): np.asarray(leaf, np.float32) for path, leaf in leaves}
-    files.write(out / convert.ALLMEM_WEIGHTS, safetensors.numpy.save(flat))
-    files.write(out / convert.ALLMEM_CONFIG, pretrained.config.to_json())
-    if config.export and config.model != "tiny":
-        params = model.merge_params(pretrained.backbone, memory)
-        convert.save_pretrained(out / "model", pretrained.config, params, pretrained.tokenizer, overwrite=True)
+    `trained` is the memory, or all parameters. Every process calls it, and returns when the files are there.
+    """
+    if jax.process_count() > 1:
+        trained = multihost_utils.process_allgather(trained, tiled=True)
+    if distributed.main_process():
+        out = Path(config.out)
+        backbone, memory = model.split_params(trained)
+        leaves = jax.tree_util.tree_leaves_with_path(memory)
+        flat = {sharding.path_string(path): np.asarray(leaf, np.float32) for path, leaf in leaves}
+        files.write(out / convert.ALLMEM_CONFIG, pretrained.config.to_json())
+        if config.export and config.model != "tiny":
+            params = model.merge_params(backbone or pretrained.backbone, memory)
+            convert.save_pretrained(out / "model", pretrained.config, params, pretrained.tokenizer, overwrite=True)
+        files.write(out / convert.ALLMEM_WEIGHTS, safetensors.numpy.save(flat))  # last: a run that has it is complete
+    distributed.wait_for_all("exported")
 
 
 def trained_memory(out: str | os.PathLike[str]) -> model.Params:
@@ -244,20 +368,46 @@ def read_recipe(path: str) -> FinetuneConfig:
     return config
 
 
+@dataclasses.dataclass(frozen=True)
+class Command(distributed.Processes, FinetuneConfig):
+    """A recipe, and how this process is to run it."""
+
+    compile_only: str = ""
+    """Do not train: compile the step for devices that need not be there, "h100" or a TPU topology such as
+    "v5p:4x4x4", and print what it needs of their memory, its operations and the speed to expect."""
+    mfu: float = 0.4
+    """Share of the devices' peak that the expected speed assumes."""
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command: a recipe, then any of its fields to set otherwise."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     try:
         named = bool(arguments) and not arguments[0].startswith("-")
-        default = read_recipe(arguments.pop(0)) if named else FinetuneConfig()
-        description = "Distil a pretrained model into AllMem. The first argument may be a recipe, configs/NAME.py."
-        config = tyro.cli(
-            FinetuneConfig, prog="python -m train.finetune [RECIPE]", description=description, default=default,
-            args=arguments,
+        recipe = read_recipe(arguments.pop(0)) if named else FinetuneConfig()
+        description = "Train a hybrid model. The first argument may be a recipe, configs/NAME.py."
+        command = tyro.cli(
+            Command, prog="python -m train.finetune [RECIPE]", description=description,
+            default=Command(**recipe_fields(recipe)), args=arguments,
         )  # fmt: skip
-        print(run(config))
-    except (ValueError, FloatingPointError, FileNotFoundError) as error:
+        config = FinetuneConfig(**recipe_fields(command))
+        if command.compile_only:
+            print(plan.make(config, command.compile_only, command.mfu))
+            return
+        distributed.join(command)
+        out = run(config)
+        if distributed.main_process():
+            print(out)
+    except OSError as error:
+        hint = "; free some space and give the same command: complete checkpoints are kept"
+        raise SystemExit(f"error: {error}{hint if error.errno == errno.ENOSPC else ''}") from None
+    except (ValueError, FloatingPointError) as error:
         raise SystemExit(f"error: {error}") from None
+
+
+def recipe_fields(recipe: FinetuneConfig) -> dict[str, Any]:
+    """The fields of a recipe, without those that a command adds."""
+    return {field.name: getattr(recipe, field.name) for field in dataclasses.fields(FinetuneConfig)}
 
 
 if __name__ == "__main__":

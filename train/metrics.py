@@ -1,4 +1,4 @@
-"""What a run says while it runs: metrics.jsonl, one line a step, and a progress bar or plain lines."""
+"""What a run says while it runs: metrics.jsonl, TensorBoard, Weights & Biases; a progress bar or plain lines."""
 
 import json
 import math
@@ -18,24 +18,53 @@ class MetricsLog:
     Args:
       file: metrics.jsonl.
       start: steps done; lines of later steps (from a process killed after its last checkpoint) are removed.
+      tensorboard: also write event files to this folder.
+      wandb: also send to this project of Weights & Biases, as the run of this folder.
     """
 
-    def __init__(self, file: Path, start: int):
+    def __init__(self, file: Path, start: int, *, tensorboard: Path | None = None, wandb: str = ""):
         lines = [line for line in read_metrics(file) if line["step"] <= start] if file.exists() else []
         files.write(file, "".join(json.dumps(line) + "\n" for line in lines))
         self._file = file.open("a", encoding="utf-8")
+        self._events = None if tensorboard is None else _tensorboard(tensorboard, start)
+        self._wandb = _wandb(wandb, file.parent) if wandb else None
 
     def __enter__(self) -> "MetricsLog":
         return self
 
     def __exit__(self, *exception: object) -> None:
         self._file.close()
+        if self._events is not None:
+            self._events.close()
+        if self._wandb is not None:
+            self._wandb.finish()
 
     def write(self, line: Mapping[str, Any]) -> None:
         """Writes one step's values, null for those that are not finite."""
         clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}
         self._file.write(json.dumps(clean) + "\n")
         self._file.flush()
+        numbers = {k: v for k, v in clean.items() if v is not None and k != "step"}
+        if self._events is not None:
+            for name, value in numbers.items():
+                self._events.add_scalar(name, value, line["step"])
+        if self._wandb is not None:
+            self._wandb.log(numbers, step=line["step"])
+
+
+def _tensorboard(folder: Path, start: int) -> Any:
+    import tensorboardX  # only where it is asked for
+
+    return tensorboardX.SummaryWriter(str(folder), purge_step=start + 1 if start else None)
+
+
+def _wandb(project: str, folder: Path) -> Any:
+    try:
+        import wandb
+    except ImportError:
+        raise ValueError(f"wandb={project!r} needs the package: pip install wandb, or leave the field empty") from None
+    name = folder.resolve().name
+    return wandb.init(project=project, id=name, name=name, dir=str(folder), resume="allow")
 
 
 def read_metrics(file: Path) -> list[dict[str, Any]]:
@@ -71,8 +100,8 @@ class Progress:
 
     def show(self, line: Mapping[str, Any]) -> None:
         """Shows a step's loss, speed and the norms that tell a memory that diverges."""
-        names = ("loss", "kl_beyond", "tokens_per_s", "grad_norm", "alpha_rms", "memory_weights", "memory_velocity",
-                 "memory_state")  # fmt: skip
+        names = ("loss", "kl_beyond", "eval_kl", "eval_ce", "tokens_per_s", "mfu", "grad_norm", "alpha_rms",
+                 "memory_weights", "memory_velocity", "memory_state")  # fmt: skip
         known = {name: line[name] for name in names if line.get(name) is not None}
         shown = {name: f"{value:.4g}" for name, value in known.items() if not math.isnan(value)}
         if line["skipped"]:

@@ -1,4 +1,4 @@
-"""What a distillation run is: one dataclass, whose fields are also the command line's options."""
+"""What a training run is: one dataclass, whose fields are also the command line's options."""
 
 import dataclasses
 import json
@@ -7,18 +7,32 @@ from typing import Any, Literal
 
 import numpy as np
 
-# A continuation may differ in these and still give the same losses.
-_FREE = ("model", "texts", "out", "cache", "checkpoint_every", "keep", "log_every", "max_bad_steps", "export", "mesh")
+from train import data
+
+# A continuation may differ in these and still give the same losses (to rounding, on another mesh).
+_FREE = (
+    "model", "tokenizer", "texts", "mixture", "eval_texts", "eval_every", "eval_batches", "out", "cache",
+    "checkpoint_every", "keep", "log_every", "max_bad_steps", "export", "mesh", "accumulate", "remat", "loss_block",
+    "tensorboard", "wandb", "profile",
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
 class FinetuneConfig:
-    """Distils a pretrained model into one with windowed attention and a memory. Only the memory's parameters train."""
+    """Distils a pretrained model into one with windowed attention and a memory, or pretrains such a model."""
 
+    objective: Literal["distill", "pretrain"] = "distill"
+    """distill: the memory's parameters alone learn to give what the original gives. pretrain: everything learns the
+    next token, from random weights or those of `model`."""
     model: str = ""
-    """A Hugging Face folder or a .gguf file; "tiny" is an untrained toy that shows whether everything runs."""
+    """A Hugging Face folder or a .gguf file; the name of a preset, such as "llama-3.2-1b", for random weights; "tiny"
+    is an untrained toy that shows whether everything runs."""
+    tokenizer: str = ""
+    """A folder or .gguf file with the tokenizer, where `model` is a preset."""
     texts: tuple[str, ...] = ()
-    """.txt and .jsonl files, or folders of them, to train on."""
+    """.txt, .jsonl, .parquet and .arrayrecord files, or folders of them, to train on."""
+    mixture: tuple[data.Part, ...] = ()
+    """Where texts are not given: sets of them with weights, each with its own length of pieces and mask."""
     out: str = ""
     """Folder for checkpoints, metrics.jsonl and the result. The same command resumes what is there."""
     mixer: Literal["allmem", "mamba2", "delta"] = "allmem"
@@ -33,6 +47,8 @@ class FinetuneConfig:
     """Updates of the parameters."""
     batch: int = 8
     """Rows of a step, over all devices."""
+    accumulate: int = 1
+    """Pieces that a step takes its rows in, one after the other, where memory is short; the result is the same."""
     seq_length: int = 4096
     """Tokens of a row."""
     pack: bool = False
@@ -57,7 +73,7 @@ class FinetuneConfig:
     ce_weight: float = 0.0
     """Weight of the cross-entropy on the text itself beside the KL divergence from the teacher."""
     loss_block: int = 512
-    """Positions whose logits exist at a time."""
+    """Positions whose logits exist at a time on a device."""
 
     learning_rate: float = 1e-3
     """Of AdamW, at its plateau."""
@@ -71,6 +87,8 @@ class FinetuneConfig:
     """On the memory's projections only."""
     clip: float = 1.0
     """Largest global norm of the gradient."""
+    ema: float = 0.0
+    """Decay of an exponential moving average of the trained parameters, which is then what is exported; 0 is none."""
     max_bad_steps: int = 5
     """Stop after so many non-finite steps in a row; single ones are skipped and counted."""
 
@@ -91,8 +109,18 @@ class FinetuneConfig:
     """Of activations. The memory's parameters and its fast weights are float32 in any case."""
     backbone_dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the frozen parameters."""
+    remat: Literal["layer", "dots", "none"] = "layer"
+    """What a layer keeps for its backward pass: its input alone, also the results of projections, or everything."""
     mesh: tuple[int, int, int, int] = (1, 1, 1, 1)
-    """Devices along data, fsdp, tensor and context."""
+    """Devices along data, fsdp, tensor and context; -1 on one axis takes what the others leave. Heads are split over
+    tensor and context inside the mixers, so more of these two than the model has key heads repeat work."""
+
+    eval_texts: tuple[str, ...] = ()
+    """Held-out texts. What is reported of them uses the largest window, sinks and chunk of the ranges."""
+    eval_every: int = 100
+    """Steps between evaluations on them."""
+    eval_batches: int = 4
+    """Batches of an evaluation, the same each time."""
 
     checkpoint_every: int = 100
     """Steps between checkpoints; one is also written at the end and on Ctrl-C or SIGTERM."""
@@ -100,17 +128,29 @@ class FinetuneConfig:
     """Checkpoints kept."""
     log_every: int = 10
     """Steps between lines where the output is not a terminal; metrics.jsonl has every step."""
+    tensorboard: bool = True
+    """Also write metrics to OUT/tensorboard."""
+    wandb: str = ""
+    """Also send metrics to this Weights & Biases project; needs the wandb package."""
+    profile: int = 0
+    """Write a trace of this many steps to OUT/profile, from the third one of the run on."""
     export: bool = True
     """Write the whole converted model to OUT/model at the end, beside the memory in OUT/allmem.safetensors."""
     cache: str = ".cache/tokens"
     """Where tokenised texts are kept."""
+
+    @property
+    def packed(self) -> bool:
+        """Whether a row holds several documents."""
+        return self.pack or bool(self.mixture and not self.texts)
 
     def check(self) -> None:
         """Raises a ValueError that names the first field that cannot work; warns of a blind gap."""
         for name in ("model", "out"):
             if not getattr(self, name):
                 raise ValueError(f"{name} is not set: give --{name} or set it in the recipe")
-        for name in ("steps", "batch", "seq_length", "checkpoint_every", "keep", "log_every", "max_bad_steps"):
+        for name in ("steps", "batch", "accumulate", "seq_length", "checkpoint_every", "keep", "log_every",
+                     "max_bad_steps", "eval_every", "eval_batches"):  # fmt: skip
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
         for name, least in (("window", 1), ("sinks", 0)):
@@ -119,7 +159,7 @@ class FinetuneConfig:
                 raise ValueError(f"{name}={(low, high)} must be a range LOW HIGH with LOW at least {least}")
         if not self.chunk or min(self.chunk) < 1:
             raise ValueError(f"chunk={self.chunk} must be one or more positive sizes")
-        if self.pack and any(max(self.chunk) % chunk for chunk in self.chunk):
+        if self.packed and any(max(self.chunk) % chunk for chunk in self.chunk):
             raise ValueError(f"pack needs chunk sizes that divide the largest; got {self.chunk}")
         for name in ("positions", "decay"):
             if not 0 < getattr(self, name) <= 1:
@@ -128,12 +168,12 @@ class FinetuneConfig:
             raise ValueError(
                 "learning_rate and clip must be positive, warmup, ce_weight and inside_weight not negative"
             )
-        rows = self.mesh[0] * self.mesh[1]
-        if min(self.mesh) < 1 or self.batch % rows or self.seq_length % self.mesh[3]:
-            raise ValueError(
-                f"mesh={self.mesh} does not fit: batch={self.batch} rows must divide by data * fsdp = {rows}, and "
-                f"seq_length={self.seq_length} by context = {self.mesh[3]}"
-            )
+        if not 0 <= self.ema < 1 or self.profile < 0:
+            raise ValueError(f"ema={self.ema} must be in [0, 1), profile={self.profile} not negative")
+        if self.objective == "pretrain" and (self.ce_weight or self.inside_weight != 1 or self.beyond_window):
+            raise ValueError("ce_weight, inside_weight and beyond_window are for objective=distill")
+        if -1 not in self.mesh:
+            self.check_mesh(self.mesh)
         if self.beyond_window and self.window[1] + self.sinks[1] >= self.seq_length:
             raise ValueError(
                 f"beyond_window leaves no position: window and sinks reach {self.window[1] + self.sinks[1]} and "
@@ -145,6 +185,15 @@ class FinetuneConfig:
                 f"windows may be shorter than chunks: then up to {gap} tokens are seen by neither", stacklevel=2
             )
 
+    def check_mesh(self, shape: tuple[int, ...]) -> None:
+        """Raises a ValueError where rows and tokens cannot be divided over a mesh of this shape."""
+        rows = shape[0] * shape[1]
+        if min(shape) < 1 or self.batch % (rows * self.accumulate) or self.seq_length % shape[3]:
+            raise ValueError(
+                f"mesh={tuple(shape)} does not fit: batch={self.batch} rows must divide by data * fsdp * accumulate = "
+                f"{rows * self.accumulate}, and seq_length={self.seq_length} by context = {shape[3]}"
+            )
+
     def draw(self, step: int) -> tuple[int, np.int32, np.int32]:
         """(chunk, window, sinks) of a step: a function of the seed and the step alone, so resuming is exact."""
         rng = np.random.Generator(np.random.Philox(key=[self.seed, step]))
@@ -154,7 +203,7 @@ class FinetuneConfig:
 
     def model_overrides(self) -> dict[str, Any]:
         """Fields of `ModelConfig`. The exported model has the largest window, sinks and chunk of the ranges."""
-        names = ("mixer", "d_mem", "qk_scale", "alpha_init", "lr_init", "momentum_init", "write", "dtype")
+        names = ("mixer", "d_mem", "qk_scale", "alpha_init", "lr_init", "momentum_init", "write", "dtype", "remat")
         fields = {name: getattr(self, name) for name in names}
         fields |= {"window": self.window[1], "sinks": self.sinks[1], "chunk": max(self.chunk)}
         return fields if self.n_mem is None else fields | {"n_mem": self.n_mem}

@@ -1,9 +1,10 @@
-"""One step of distillation as pure functions: teacher, student, loss, gradient, update.
+"""One training step as pure functions: teacher, student, loss, gradient, update.
 
-The teacher is the same model with full attention on the same frozen arrays. Gradients and optimiser state exist for
-the memory's parameters alone. Axes:
+Two objectives share them. Distillation trains the memory's parameters towards a teacher, which is the same model with
+full attention on the same frozen arrays; gradients and optimiser state exist for the memory alone. Pretraining has no
+teacher and trains everything on the text itself. Axes:
 
-    B batch    L tokens of a row    P positions with a loss    d model    Y layers
+    B batch    L tokens of a row    P positions with a loss    d model    Y layers    A microbatches
 """
 
 import dataclasses
@@ -30,25 +31,35 @@ class Batch(NamedTuple):
 
 
 class TrainState(NamedTuple):
-    """What training changes: the memory's parameters, optax's state, and counts (int32) of skipped steps."""
+    """What training changes.
 
-    memory: model.Params
+    Attributes:
+      trained: the memory's parameters in distillation, all parameters in pretraining.
+      optimizer: optax's state.
+      skipped, skipped_in_a_row: int32, counts of steps that were not finite.
+      average: an exponential moving average of `trained`, or None.
+    """
+
+    trained: model.Params
     optimizer: Any
     skipped: jax.Array
     skipped_in_a_row: jax.Array
+    average: model.Params | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class Loss:
-    """What is minimised: mean KL(teacher || student) + ce_weight * cross-entropy over a share of the positions.
+    """What is minimised over a share of the positions.
+
+    With a teacher the mean of KL(teacher || student) + ce_weight * cross-entropy, without one the cross-entropy.
 
     Attributes:
-      positions: share of each row's L positions, drawn at random among those allowed.
+      positions: share of each row's L positions, drawn at random among those allowed; 1 takes them all.
       beyond_window: allow only positions that no longer see some key.
       inside_weight: weight of positions that still see all before them, where the original needs no help and a memory
         can only disturb; those beyond weigh 1.
       ce_weight: see above.
-      block: positions whose logits exist at a time.
+      block: positions whose logits exist at a time on a device.
     """
 
     positions: float = 0.25
@@ -56,6 +67,21 @@ class Loss:
     inside_weight: float = 1.0
     ce_weight: float = 0.0
     block: int = 512
+
+
+class Drawn(NamedTuple):
+    """The positions of a step's loss.
+
+    Attributes:
+      at: int32 [B, P].
+      use, beyond: bool [B, P], whether there is a loss, and whether some key is out of the position's sight.
+      weight: float32 [B, P], summing to 1 over the batch.
+    """
+
+    at: jax.Array
+    use: jax.Array
+    beyond: jax.Array
+    weight: jax.Array
 
 
 def wsd_schedule(peak: float, steps: int, warmup: int, decay: float) -> Callable[[jax.Array], jax.Array]:
@@ -83,17 +109,39 @@ def make_optimizer(
     return optax.chain(optax.clip_by_global_norm(clip), adamw)
 
 
-def init_state(memory: model.Params, optimizer: optax.GradientTransformation) -> TrainState:
+def init_state(trained: model.Params, optimizer: optax.GradientTransformation, average: bool = False) -> TrainState:
     """The state before the first step: a copy, so that a step may take over its buffers, and without weak types."""
-    memory = jax.tree.map(lambda leaf: jnp.array(leaf, leaf.dtype), memory)
-    return TrainState(memory, optimizer.init(memory), jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32))
+
+    def copy() -> model.Params:
+        return jax.tree.map(lambda leaf: jnp.array(leaf, leaf.dtype), trained)
+
+    params, zero = copy(), jnp.zeros((), jnp.int32)
+    return TrainState(params, optimizer.init(params), zero, zero, copy() if average else None)
 
 
-def teacher_hidden(backbone: model.Params, config: config_lib.ModelConfig, batch: Batch) -> jax.Array:
+def teacher_hidden(
+    backbone: model.Params, config: config_lib.ModelConfig, batch: Batch, microbatches: int = 1
+) -> jax.Array:
     """Final hidden states [B, L, d] of the original model; compiled once, whatever the chunk."""
     teacher = model.AllMemLM(config.replace(mixer="full"))
-    hidden = teacher.apply({"params": backbone}, batch.tokens, segment_ids=batch.segment_ids, return_hidden=True)
-    return jnp.asarray(hidden)
+
+    def hidden(part: Batch) -> jax.Array:
+        out = teacher.apply({"params": backbone}, part.tokens, segment_ids=part.segment_ids, return_hidden=True)
+        return jnp.asarray(out)
+
+    if microbatches == 1:
+        return hidden(batch)
+    parts = jax.lax.map(hidden, _split(batch, microbatches))  # [A, B / A, L, d]
+    return jnp.moveaxis(parts, 0, 1).reshape(batch.tokens.shape + parts.shape[-1:])
+
+
+def _split(tree: Any, microbatches: int) -> Any:
+    """[B, ...] -> [A, B / A, ...]; row r goes to microbatch r % A, so that each has rows of every device."""
+
+    def split(x: jax.Array) -> jax.Array:
+        return jnp.moveaxis(x.reshape(x.shape[0] // microbatches, microbatches, *x.shape[1:]), 1, 0)
+
+    return jax.tree.map(split, tree)
 
 
 def offsets_in_document(batch: Batch) -> jax.Array:
@@ -118,74 +166,159 @@ def choose_positions(key: jax.Array, allowed: jax.Array, count: int) -> tuple[ja
     return index, best >= 0
 
 
-def distill_loss(
-    memory: model.Params,
-    backbone: model.Params,
+def draw_positions(key: jax.Array, loss: Loss, batch: Batch, window: jax.Array, sinks: jax.Array) -> Drawn:
+    """The positions that a step's loss is taken at; window and sinks int32 scalars."""
+    beyond = offsets_in_document(batch) >= window + sinks  # the first token that does not see all before it
+    allowed = batch.mask & beyond if loss.beyond_window else batch.mask
+    if loss.positions == 1:
+        index = jnp.broadcast_to(jnp.arange(allowed.shape[1], dtype=jnp.int32), allowed.shape)
+        use = allowed
+    else:
+        index, use = choose_positions(key, allowed, max(1, round(loss.positions * allowed.shape[1])))
+        beyond = jnp.take_along_axis(beyond, index, axis=1)
+    weight = use * jnp.where(beyond, 1.0, loss.inside_weight)
+    return Drawn(index, use, beyond, weight / jnp.maximum(jnp.sum(weight), 1e-9))
+
+
+def batch_loss(
+    trained: model.Params,
+    frozen: model.Params,
     config: config_lib.ModelConfig,
     loss: Loss,
     batch: Batch,
-    teacher: jax.Array,
+    teacher: jax.Array | None,
     window: jax.Array,
     sinks: jax.Array,
-    key: jax.Array,
-) -> tuple[jax.Array, Metrics]:
-    """The loss (float32 scalar, nats per position) of a batch, and what to report of it.
+    drawn: Drawn,
+    counts: Metrics,
+) -> tuple[jax.Array, tuple[Metrics, Metrics]]:
+    """The loss (float32 scalar, nats per position) of a batch or of its part of one.
 
     Args:
-      memory, backbone: the parameters, split as in `model.split_params`; differentiate in the first.
+      trained, frozen: the parameters, split in two; differentiate in the first.
       config: of the student.
       loss: what is minimised.
       batch: the rows.
-      teacher: [B, L, d], of `teacher_hidden`.
+      teacher: [B, L, d], of `teacher_hidden`; None for the cross-entropy alone.
       window, sinks: int32 scalars.
-      key: draws the positions.
+      drawn: where; the rows of `batch`.
+      counts: of `count_positions`, for the whole batch.
+
+    Returns:
+      The loss, and two dicts: values that add up over the parts of a batch, and what the memory's layers report.
     """
-    params = model.merge_params(backbone, memory)
+    params = model.merge_params(frozen, trained)
     hidden, collected = model.AllMemLM(config).apply(
         {"params": params}, batch.tokens, segment_ids=batch.segment_ids, window=window, sinks=sinks,
         return_hidden=True, mutable=["intermediates"],
     )  # fmt: skip
-    beyond = offsets_in_document(batch) >= window + sinks  # the first token that does not see all before it
-    count = max(1, round(loss.positions * batch.tokens.shape[1]))
-    index, use = choose_positions(key, batch.mask & beyond if loss.beyond_window else batch.mask, count)
-    gather = lambda x: jnp.take_along_axis(x, index.reshape(index.shape + (1,) * (x.ndim - 2)), axis=1)  # noqa: E731
-    head = model.head_kernel(params, config)
-    kl, ce, teacher_ce = losses.distill_losses(
-        gather(hidden), gather(teacher), head, gather(batch.targets), block=loss.block
-    )
-    beyond = gather(beyond)
-    weight = use * jnp.where(beyond, 1.0, loss.inside_weight)
-    total = jnp.sum(weight * (kl + loss.ce_weight * ce)) / jnp.maximum(jnp.sum(weight), 1.0)
-    metrics = {
-        "loss": total,
-        "kl": _mean(kl, use),
-        "kl_inside": _mean(kl, use & ~beyond),
-        "kl_beyond": _mean(kl, use & beyond),
-        "ce": _mean(ce, use),
-        "teacher_ce": _mean(teacher_ce, use),
-    }
-    return total, metrics | _memory_metrics(collected["intermediates"]["layers"])
+
+    def gather(x: jax.Array) -> jax.Array:
+        if loss.positions == 1:
+            return x
+        index = drawn.at.reshape(drawn.at.shape + (1,) * (x.ndim - 2))
+        return sharding.over_tokens(jnp.take_along_axis(x, index, axis=1))
+
+    head, targets = model.head_kernel(params, config), gather(batch.targets)
+    if teacher is None:
+        values = {"ce": losses.cross_entropy(gather(hidden), head, targets, block=loss.block)}
+        each = values["ce"]
+    else:
+        values = dict(
+            zip(
+                ("kl", "ce", "teacher_ce"),
+                losses.distill_losses(gather(hidden), gather(teacher), head, targets, block=loss.block),
+                strict=True,
+            )
+        )
+        each = values["kl"] + loss.ce_weight * values["ce"]
+    total = jnp.sum(drawn.weight * each)
+    sums = {"loss": total}
+    sums |= {name: _share(value, drawn.use, counts["all"]) for name, value in values.items()}
+    main = "ce" if teacher is None else "kl"
+    for place, use in (("inside", drawn.use & ~drawn.beyond), ("beyond", drawn.use & drawn.beyond)):
+        sums[f"{main}_{place}"] = _share(values[main], use, counts[place])
+    return total, (sums, collected["intermediates"]["layers"].get("memory", {}))
 
 
-def _mean(value: jax.Array, use: jax.Array) -> jax.Array:
-    """Mean of `value` where `use`; NaN when nowhere."""
-    return jnp.sum(jnp.where(use, value, 0.0)) / jnp.sum(use)
+def count_positions(drawn: Drawn) -> Metrics:
+    """How many positions of a batch have a loss: all, inside the window, and beyond it."""
+    inside, beyond = jnp.sum(drawn.use & ~drawn.beyond), jnp.sum(drawn.use & drawn.beyond)
+    return {"all": inside + beyond, "inside": inside, "beyond": beyond}
+
+
+def _share(value: jax.Array, use: jax.Array, count: jax.Array) -> jax.Array:
+    """What the positions in `use` add to a mean over `count` of them; NaN when that is none."""
+    return jnp.sum(jnp.where(use, value, 0.0)) / count
+
+
+def gradient(
+    trained: model.Params,
+    frozen: model.Params,
+    config: config_lib.ModelConfig,
+    loss: Loss,
+    batch: Batch,
+    teacher: jax.Array | None,
+    window: jax.Array,
+    sinks: jax.Array,
+    key: jax.Array,
+    microbatches: int = 1,
+) -> tuple[jax.Array, model.Params, Metrics]:
+    """Loss, gradient in `trained` and metrics of a batch, in `microbatches` pieces that add up to the same.
+
+    Arguments as for `batch_loss`; `key` draws the positions.
+    """
+    drawn = draw_positions(key, loss, batch, window, sinks)
+    counts = count_positions(drawn)
+
+    def part(batch: Batch, teacher: jax.Array | None, drawn: Drawn) -> Any:
+        return jax.value_and_grad(batch_loss, has_aux=True)(
+            trained, frozen, config, loss, batch, teacher, window, sinks, drawn, counts
+        )
+
+    if microbatches == 1:
+        (value, (sums, memory)), grads = part(batch, teacher, drawn)
+        return value, grads, sums | _memory_metrics(memory)
+
+    def body(done: Any, xs: Any) -> Any:
+        (value, (sums, memory)), grads = part(*xs)
+        return jax.tree.map(jnp.add, done, (value, grads, sums)), _memory_metrics(memory)
+
+    xs = _split((batch, teacher, drawn), microbatches)
+    (_, (sums, _)), _ = jax.eval_shape(part, *jax.tree.map(lambda x: x[0], xs))
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (sums["loss"], trained, sums))
+    (value, grads, sums), reported = jax.lax.scan(body, zeros, xs)
+    return value, grads, sums | {name: jnp.mean(each) for name, each in reported.items()}
 
 
 def _memory_metrics(collected: dict[str, Any]) -> Metrics:
-    """What the memory's layers report, each [Y]: means of its rates, the largest of the sizes of its state."""
-    sizes = ("weights", "velocity", "state")
-    return {
-        f"memory_{name}": (jnp.max if name in sizes else jnp.mean)(value[0])
-        for name, value in collected["memory"].items()
-    }
+    """What the memory's layers report, each [Y]: means of its rates, the largest of the sizes of its state.
+
+    Rates also come by quarters of the layers, "memory_lr/q1" the lowest, where there are four layers or more.
+    """
+    metrics: Metrics = {}
+    for name, (value,) in collected.items():
+        largest = name in ("weights", "velocity", "state")
+        metrics[f"memory_{name}"] = jnp.max(value) if largest else jnp.mean(value)
+        if not largest:
+            metrics |= by_quarters(f"memory_{name}", value)
+    return metrics
 
 
-def distill_step(
+def by_quarters(name: str, value: jax.Array) -> Metrics:
+    """Means of `value` [Y] over quarters of the layers; nothing for fewer than four layers."""
+    layers = value.shape[0]
+    if layers < 4:
+        return {}
+    edges = [layers * quarter // 4 for quarter in range(5)]
+    return {f"{name}/q{i + 1}": jnp.mean(value[edges[i] : edges[i + 1]]) for i in range(4)}
+
+
+def train_step(
     state: TrainState,
-    backbone: model.Params,
+    frozen: model.Params,
     batch: Batch,
-    teacher: jax.Array,
+    teacher: jax.Array | None,
     window: jax.Array,
     sinks: jax.Array,
     key: jax.Array,
@@ -193,15 +326,19 @@ def distill_step(
     config: config_lib.ModelConfig,
     loss: Loss,
     optimizer: optax.GradientTransformation,
+    microbatches: int = 1,
+    ema: float = 0.0,
 ) -> tuple[TrainState, Metrics]:
-    """One update of the memory's parameters; a step whose loss or gradient is not finite changes nothing but counts.
+    """One update; a step whose loss or gradient is not finite changes nothing but counts.
 
-    Arguments as for `distill_loss`. Jit it once per config (that is, per chunk): window, sinks and key are traced.
+    Arguments as for `gradient`, `ema` being the decay of the average. Jit it once per config (that is, per chunk):
+    window, sinks and key are traced.
     """
-    grad_fn = jax.value_and_grad(distill_loss, has_aux=True)
-    (value, metrics), grads = grad_fn(state.memory, backbone, config, loss, batch, teacher, window, sinks, key)
+    value, grads, metrics = gradient(
+        state.trained, frozen, config, loss, batch, teacher, window, sinks, key, microbatches
+    )
     grad_norm = optax.tree.norm(grads)
-    updates, optimizer_state = optimizer.update(grads, state.optimizer, state.memory)
+    updates, optimizer_state = optimizer.update(grads, state.optimizer, state.trained)
     update_norm = optax.tree.norm(updates)
     finite = jnp.isfinite(value) & jnp.isfinite(grad_norm) & jnp.isfinite(update_norm)
 
@@ -209,18 +346,40 @@ def distill_step(
         return jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)
 
     bad = 1 - finite.astype(jnp.int32)
+    trained = choose(optax.apply_updates(state.trained, updates), state.trained)
+    average = None
+    if state.average is not None:
+        average = jax.tree.map(lambda mean, new: ema * mean + (1 - ema) * new, state.average, trained)
     after = TrainState(
-        memory=choose(optax.apply_updates(state.memory, updates), state.memory),
+        trained=trained,
         optimizer=choose(optimizer_state, state.optimizer),
         skipped=state.skipped + bad,
         skipped_in_a_row=(state.skipped_in_a_row + 1) * bad,
+        average=average,
     )
-    alpha = after.memory["layers"]["memory"]["alpha"]
-    metrics |= {
-        "grad_norm": grad_norm,
-        "update_norm": update_norm,
-        "alpha_rms": jnp.sqrt(jnp.mean(jnp.square(alpha))),
-        "skipped": after.skipped,
-        "skipped_in_a_row": after.skipped_in_a_row,
-    }
+    metrics |= {"grad_norm": grad_norm, "update_norm": update_norm}
+    metrics |= {"skipped": after.skipped, "skipped_in_a_row": after.skipped_in_a_row}
+    if memory := trained["layers"].get("memory"):
+        squares = jnp.mean(jnp.square(memory["alpha"]), axis=-1)  # [Y]
+        metrics["alpha_rms"] = jnp.sqrt(jnp.mean(squares))
+        metrics |= {name: jnp.sqrt(mean) for name, mean in by_quarters("alpha_rms", squares).items()}
     return after, metrics
+
+
+def evaluate(
+    trained: model.Params,
+    frozen: model.Params,
+    batch: Batch,
+    teacher: jax.Array | None,
+    *,
+    config: config_lib.ModelConfig,
+    loss: Loss,
+) -> Metrics:
+    """Means over all positions of a batch that may have a loss, with the config's own window and sinks."""
+    loss = dataclasses.replace(loss, positions=1.0)
+    window, sinks = jnp.int32(config.window), jnp.int32(config.sinks)
+    drawn = draw_positions(jax.random.key(0), loss, batch, window, sinks)
+    _, (sums, _) = batch_loss(
+        trained, frozen, config, loss, batch, teacher, window, sinks, drawn, count_positions(drawn)
+    )
+    return sums

@@ -1,0 +1,43 @@
+"""Qwen3-1.7B with the paper's settings: 5 million tokens, window, sinks and chunk drawn each step (arXiv 2602.13680).
+
+    python -m train.finetune configs/qwen3_1_7b.py --model MODELS/Qwen3-1.7B                    # one H100
+    python -m train.finetune configs/qwen3_1_7b.py --model MODELS/Qwen3-1.7B --mesh 1 1 1 8     # v5e-8, 2x4
+    python -m train.finetune configs/qwen3_1_7b.py --model MODELS/Qwen3-1.7B --mesh 1 8 1 8 --batch 8 --steps 26 \
+        --warmup 2 --checkpoint_every 4                                                         # v5p, 4x4x4
+
+Rows are 24,576 tokens: whole long chats with the loss on the assistant's turns, and as often short chats, packed in
+pieces of 4,096 tokens, with the loss on everything. Put both in data/long_chats and data/short_chats (files of
+{"messages": [...]}), or name others: --mixture.0.texts FOLDER --mixture.1.texts FOLDER. The shares are ours, not the
+paper's. Windows may be shorter than chunks, as in the paper; the run warns of it.
+
+Not run yet. By the formulas of train/flops.py at 40 % of the peak: 3.7 minutes on one H100, 2.3 minutes on v5e-8 and 8
+seconds on 64 chips of v5p, to which compiling four chunk sizes adds minutes. On v5e-8 a device needs 7.1 of 15.7 GiB by
+the plan (--compile_only v5e:2x4).
+Sixty-four chips want 8 rows a step, which leaves 26 updates: they are for longer runs.
+"""
+
+from train import data
+from train.recipe import FinetuneConfig
+
+config = FinetuneConfig(
+    mixture=(
+        data.Part(texts=("data/long_chats",), response_only=True),
+        data.Part(texts=("data/short_chats",), piece=4096),
+    ),
+    out="out/qwen3-1.7b",
+    steps=204,
+    batch=1,
+    seq_length=24576,
+    window=(512, 8192),
+    sinks=(0, 256),
+    chunk=(512, 1024, 2048, 4096),
+    positions=0.25,
+    learning_rate=1e-4,
+    warmup=10,
+    decay=0.2,
+    lr_init=0.001,
+    dtype="bfloat16",
+    backbone_dtype="bfloat16",
+    checkpoint_every=16,
+    log_every=1,
+)

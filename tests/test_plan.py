@@ -1,0 +1,99 @@
+"""Planning: memory by part, operations by formula, advice; and no buffer of a sequence's logits in the real step."""
+
+import dataclasses
+import math
+import re
+
+import jax
+import pytest
+
+from allmem_jax import config as config_lib
+from allmem_jax import cost, sharding
+from train import finetune, flops, plan
+from train.recipe import FinetuneConfig
+
+VOCABULARY, POSITIONS = 251, 128  # a number of tokens that no other axis has
+
+
+@pytest.fixture(scope="module")
+def recipe():
+    return FinetuneConfig(
+        model="tiny", out="unused", batch=1, seq_length=512, window=(64, 64), sinks=(4, 4), chunk=(64,), d_mem=8,
+        loss_block=16, positions=POSITIONS / 512,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def found(recipe):
+    return compiled(recipe)
+
+
+def compiled(recipe):
+    return plan.compile_step(recipe, planned(recipe), sharding.make_mesh())
+
+
+def planned(recipe):
+    return plan.planned_config(recipe).replace(vocab_size=VOCABULARY)
+
+
+def logits_in(text):
+    """The largest number of positions whose logits an array of the program holds."""
+    shapes = (tuple(map(int, dims.split(","))) for dims in re.findall(r"\b(?:f32|bf16)\[([\d,]+)\]", text))
+    return max((math.prod(shape) // VOCABULARY for shape in shapes if VOCABULARY in shape), default=0)
+
+
+@pytest.mark.parametrize("objective", ["distill", "pretrain"])
+def test_no_logits_of_a_sequence(recipe, found, objective):
+    config = dataclasses.replace(recipe, objective=objective)
+    if objective == "pretrain":
+        found = compiled(config)
+    parameters = 32  # the embedding's other axis
+    assert logits_in(found.text) <= parameters
+    whole = compiled(dataclasses.replace(config, loss_block=512))
+    assert logits_in(whole.text) >= POSITIONS  # the pattern does find logits where they are
+
+
+def test_parts_add_up(recipe, found):
+    state, frozen, _ = plan.abstract_arguments(recipe, planned(recipe), sharding.make_mesh())
+    gib = lambda tree: sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree)) / 2**30  # noqa: E731
+    assert found.memory["frozen parameters"] == gib(frozen)
+    assert found.memory["optimiser"] > 1.9 * found.memory["trained parameters"] == 1.9 * gib(state.trained)
+    held = [value for part, value in found.memory.items() if not part.startswith("temporaries")]
+    assert found.peak == pytest.approx(sum(held) + found.memory["temporaries of the step"])
+
+
+def test_the_page(recipe, found):
+    mesh = sharding.make_mesh()
+    page = plan.describe(recipe, planned(recipe), found, "v5e:2x2", mesh, 0.5)
+    assert "temporaries of the step" in page and "fits" in page and "tokens/s" in page
+    full = plan.describe(recipe, planned(recipe), found._replace(peak=99.0), "v5e:2x2", mesh, 0.5)
+    assert "DOES NOT FIT" in full and "more context splits a row's tokens" in full and "--loss_block" not in full
+    refused = found._replace(peak=None, refused="RESOURCE_EXHAUSTED: too much")
+    assert "the compiler refused" in plan.describe(recipe, planned(recipe), refused, "h100", mesh, 0.5)
+
+
+def test_bad_names_and_meshes(recipe):
+    with pytest.raises(ValueError, match="compile_only='a100' must be v4, v5e"):
+        plan.make(recipe, "a100", 0.4)
+    with pytest.raises(ValueError, match="mfu=2 above 0"):
+        plan.make(recipe, "h100", 2)
+    with pytest.warns(UserWarning, match="tensor x context = 4 does not divide the 2 key heads"):
+        plan.warn_of_repeated_work(plan.planned_config(recipe), {"tensor": 2, "context": 2})
+    with pytest.raises(SystemExit, match="no preset 'qwen9'"):
+        finetune.main(["configs/smoke.py", "--model", "qwen9", "--compile_only", "h100"])
+
+
+def test_operations_of_a_step():
+    """Against the rule of 6 operations a parameter and token, where attention and memory are small."""
+    recipe = FinetuneConfig(objective="pretrain", batch=2, seq_length=512, chunk=(64,), window=(64, 64), sinks=(0, 0))
+    config = config_lib.preset("qwen3-1.7b", window=64, chunk=64, sinks=0)
+    got = sum(flops.step_flops(recipe, config, 64, 0, 64).values())
+    groups = cost.parameter_groups(config)
+    dense = sum(groups[name] for name in ("attention", "mlp", "embedding", "memory"))  # embeddings are the head too
+    assert got == pytest.approx(6 * 1024 * dense, rel=0.12)
+    distilled = flops.step_flops(dataclasses.replace(recipe, objective="distill", positions=0.25), config, 64, 0, 64)
+    assert distilled["teacher"] < distilled["student"] < distilled["backward"] < 2 * distilled["student"]
+    assert flops.peak("TPU v5 lite") == 197e12 and flops.peak("TPU v5p") == 459e12 and flops.peak("cpu") is None
+    line = {"window": 64, "sinks": 0, "chunk": 64}
+    speed = flops.speed(recipe, config, line, 2.0, 4, "NVIDIA H100 80GB HBM3")
+    assert speed == {"tokens_per_s": 512.0, "mfu": pytest.approx(got / 2 / 4 / 989e12)}

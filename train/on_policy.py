@@ -1,0 +1,116 @@
+"""Distillation on what the student writes itself: `python -m train.on_policy RECIPE --prompts P [--field value ...]`.
+
+Each round, the student with the memory so far answers its share of the prompts (`train.rollout`), and that memory
+learns on these answers what the original gives there (`train.finetune`, packed, loss on the answers alone):
+
+    OUT/round-1/answers.jsonl    what the student of the round before said; round 1 starts from the model's memory
+    OUT/round-1/                 a whole run of the recipe on it: `steps` are those of a round
+    OUT/allmem.safetensors, allmem_config.json, model/    of the last round
+
+Every stage finds what it has done already, so the same command goes on wherever it was stopped. All rounds train with
+the same programs: with JAX_COMPILATION_CACHE_DIR set, those after the first compile nothing anew.
+"""
+
+import dataclasses
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+import tyro
+
+from allmem_jax import model, sharding
+from train import distributed, finetune
+from train import prompts as prompts_lib
+from train import rollout as rollout_lib
+from train.recipe import FinetuneConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Command(distributed.Processes, FinetuneConfig):
+    """A recipe for each round, whose texts are the answers."""
+
+    prompts: str = ""
+    """A .jsonl, .parquet or .arrayrecord file of {"prompt": TEXT} or {"messages": [...]} that ends with the user."""
+    rounds: int = 4
+    """How often to answer and learn. The prompts are dealt out to the rounds."""
+    rollout: rollout_lib.Settings = rollout_lib.Settings()
+    """How the answers are drawn."""
+
+
+def run(
+    config: FinetuneConfig, prompts: str, rounds: int, settings: rollout_lib.Settings,
+    pretrained: finetune.Pretrained | None = None,
+) -> Path:  # fmt: skip
+    """All rounds, going on where an earlier call stopped. Returns the output folder.
+
+    Args:
+      config: the recipe of a round; its texts, mixture, pack and response_only are set here.
+      prompts: a file of them.
+      rounds: at least 1, and no more than there are prompts.
+      settings: of the answers.
+      pretrained: in place of what `finetune.load` gives.
+
+    Raises:
+      ValueError: a field or a prompt cannot work, before anything is generated.
+    """
+    settings.check()
+    one = dataclasses.replace(config, texts=(), mixture=(), pack=True, response_only=True, export=False)
+    one.check()
+    one.check_mesh(tuple(sharding.make_mesh(*one.mesh).shape.values()))
+    if config.objective != "distill":
+        raise ValueError(f"objective={config.objective!r}: a student's own answers are for objective='distill'")
+    start = finetune.load(one) if pretrained is None else pretrained
+    if start.backbone is None:
+        raise ValueError(f"model={config.model!r} has random weights; give a folder or file with trained ones")
+    asked = prompts_lib.read(prompts, start.tokenizer, settings.max_prompt)
+    if not 1 <= rounds <= len(asked):
+        raise ValueError(f"rounds={rounds} must be from 1 to the number of prompts, {len(asked)}")
+    out, current = Path(config.out), start
+    for number in range(1, rounds + 1):
+        folder = out / f"round-{number}"
+        texts = _answers(settings, current, asked[number - 1 :: rounds], folder, config.seed + number)
+        finetune.run(dataclasses.replace(one, texts=texts, out=str(folder), seed=config.seed + number), current)
+        current = current._replace(memory=finetune.trained_memory(folder))
+    finetune.export(config, current, current.memory)
+    return out
+
+
+def _answers(
+    settings: rollout_lib.Settings,
+    current: finetune.Pretrained,
+    prompts: Sequence[prompts_lib.Prompt],
+    folder: Path,
+    seed: int,
+) -> tuple[str, ...]:
+    """The files of the round's answers, those of all processes, written as far as they are not there."""
+    params = model.merge_params(current.backbone, current.memory)
+    student = rollout_lib.Student(current.config, params, current.tokenizer, rollout_lib.stop_tokens(current.tokenizer))
+    share, path = (jax.process_index(), jax.process_count()), folder / "answers.jsonl"
+    rollout_lib.run(settings, student, prompts, path, seed=seed, share=share)
+    distributed.wait_for_all(f"{path} is written")
+    return tuple(str(rollout_lib.part_name(path, index, share[1])) for index in range(share[1]))
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command: a recipe, then any field to set otherwise."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        named = bool(arguments) and not arguments[0].startswith("-")
+        recipe = finetune.read_recipe(arguments.pop(0)) if named else FinetuneConfig()
+        command = tyro.cli(
+            Command,
+            prog="python -m train.on_policy [RECIPE]",
+            default=Command(**finetune.recipe_fields(recipe)),
+            args=arguments,
+        )
+        if not command.prompts:
+            raise ValueError("prompts is not set: give --prompts FILE")
+        distributed.join(command)
+        print(run(FinetuneConfig(**finetune.recipe_fields(command)), command.prompts, command.rounds, command.rollout))
+    except (ValueError, FloatingPointError, OSError) as error:
+        raise SystemExit(f"error: {error}") from None
+
+
+if __name__ == "__main__":
+    main()
