@@ -140,8 +140,8 @@ def attend_cached(
     window: jax.Array | int,
     sinks: jax.Array | int,
     scale: float,
-) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    """Attention of L new tokens to the ring cache and to each other, and the cache after them.
+) -> jax.Array:
+    """Attention of L new tokens to the ring cache of one layer and to each other; `write_cache` then adds them to it.
 
     Token p lives in slot p while p < S, else in slot S + (p - S) % W, so that the cache holds the first S and the
     last W tokens of each row, whatever its phase. One token a row is decoded by `pallas_kernels.swa_decode`.
@@ -155,7 +155,7 @@ def attend_cached(
       scale: multiplies the logits.
 
     Returns:
-      [B, L, Hq, D] and the updated cache. Rows of padding are arbitrary but finite.
+      [B, L, Hq, D]. Rows of padding are arbitrary but finite.
 
     Under a mesh every device computes its own rows and heads; see `sharding.over_rows_and_heads`.
     """
@@ -165,15 +165,13 @@ def attend_cached(
         held = keys.astype(k.dtype), values.astype(v.dtype)
         if q.shape[1] == 1:
             one = q[:, 0], k[:, 0], v[:, 0]
-            out = pallas_kernels.swa_decode(*one, *held, position, sink_slots=sink_slots, **sizes)[:, None]
-        else:
-            out = _attend_some(q, k, v, *held, position, lengths, sink_slots=sink_slots, **sizes)
-        return out, _write_slots((keys, values), (k, v), position, lengths, sink_slots)
+            return pallas_kernels.swa_decode(*one, *held, position, sink_slots=sink_slots, **sizes)[:, None]
+        return _attend_some(q, k, v, *held, position, lengths, sink_slots=sink_slots, **sizes)
 
     tokens, rows, every = PartitionSpec("rows", None, "heads"), PartitionSpec("rows"), PartitionSpec()
     arguments = (q, k, v, *cache, position, lengths, jnp.asarray(window), jnp.asarray(sinks))
     where = (*(tokens,) * 5, rows, rows, every, every)
-    return sharding.over_rows_and_heads(local, arguments, where, (tokens, (tokens, tokens)), q.shape[0], k.shape[2])
+    return sharding.over_rows_and_heads(local, arguments, where, tokens, q.shape[0], k.shape[2])
 
 
 def _attend_some(q, k, v, keys, values, position, lengths, *, sink_slots, window, sinks, scale) -> jax.Array:
@@ -199,17 +197,35 @@ def _attend_some(q, k, v, keys, values, position, lengths, *, sink_slots, window
     return out.reshape(batch, length, heads, dim).astype(q.dtype)
 
 
-def _write_slots(cache, new, position, lengths, sink_slots: int) -> tuple[jax.Array, jax.Array]:
-    """Two caches [B, S + W, Hkv, D] with the real ones of new tokens [B, L, Hkv, D] in their slots."""
-    offsets = jnp.arange(new[0].shape[1], dtype=jnp.int32)
-    p = position[:, None] + offsets  # [B, L]
-    ring = cache[0].shape[1] - sink_slots
-    keep = (offsets < lengths[:, None]) & ((p >= (position + lengths)[:, None] - ring) | (p < sink_slots))
-    slot = jnp.where(p < sink_slots, p, sink_slots + (p - sink_slots) % ring)
-    slot = jnp.where(keep, slot, sink_slots + ring)  # out of bounds: dropped
-    rows = jnp.arange(slot.shape[0])[:, None]
-    keys, values = (x.at[rows, slot].set(y.astype(x.dtype), mode="drop") for x, y in zip(cache, new, strict=True))
-    return keys, values
+def write_cache(
+    cache: jax.Array, new: jax.Array, position: jax.Array, lengths: jax.Array, sink_slots: int
+) -> jax.Array:
+    """The ring caches of all layers with their new tokens in the slots of `attend_cached`.
+
+    It is done once for all layers, and not in each, so that a loop over layers does not write whole caches anew.
+
+    Args:
+      cache: [Y, B, S + W, Hkv, D], keys or values.
+      new: [Y, B, L, Hkv, D], of which `lengths` [B] are real; `position` [B] tokens came before.
+      sink_slots: S.
+
+    Returns:
+      The shape and dtype of `cache`.
+    """
+    ring = cache.shape[2] - sink_slots
+
+    def local(cache, new, position, lengths):
+        offsets = jnp.arange(new.shape[2], dtype=jnp.int32)
+        p = position[:, None] + offsets  # [B, L]
+        keep = (offsets < lengths[:, None]) & ((p >= (position + lengths)[:, None] - ring) | (p < sink_slots))
+        slot = jnp.where(p < sink_slots, p, sink_slots + (p - sink_slots) % ring)
+        slot = jnp.where(keep, slot, sink_slots + ring)  # out of bounds: dropped
+        rows = jnp.arange(slot.shape[0])[:, None]
+        return cache.at[:, rows, slot].set(new.astype(cache.dtype), mode="drop")
+
+    tokens, rows = PartitionSpec(None, "rows", None, "heads"), PartitionSpec("rows")
+    where, arguments = (tokens, tokens, rows, rows), (cache, new, position, lengths)
+    return sharding.over_rows_and_heads(local, arguments, where, tokens, cache.shape[1], cache.shape[3])
 
 
 def causal_conv(

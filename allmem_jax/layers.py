@@ -42,7 +42,10 @@ class Shared(NamedTuple):
 
 
 class LayerState(NamedTuple):
-    """One layer's part of `DecodeState`: keys, values [B, S + W, Hkv, D], conv [B, K - 1, F] and the memory's."""
+    """One layer's part of `DecodeState`: keys, values [B, S + W, Hkv, D], conv [B, K - 1, F] and the memory's.
+
+    What a layer returns has the new tokens' keys and values [B, L, Hkv, D] instead; the model writes them.
+    """
 
     keys: jax.Array
     values: jax.Array
@@ -113,7 +116,7 @@ class Attention(nn.Module):
     def __call__(
         self, x: jax.Array, is_local: jax.Array, state: LayerState | None, shared: Shared
     ) -> tuple[jax.Array, Rope | None]:
-        """x [B, L, d], is_local bool [] -> [B, L, d] and the ring cache of keys and values (None without a state)."""
+        """x [B, L, d], is_local bool [] -> [B, L, d] and the new keys and values [B, L, Hkv, D], None without state."""
         c = self.config
         scale = c.head_dim**-0.5 if c.query_scale is None else c.query_scale
 
@@ -134,15 +137,16 @@ class Attention(nn.Module):
             window = jnp.where(is_local, jnp.minimum(window, c.local_window), window)
             sinks = jnp.where(is_local, 0, sinks)
         q, k = functional.apply_rope(q, rope), functional.apply_rope(k, rope)
-        cache = None
+        new = None
         if state is None:
             out = functional.attend(q, k, v, window=window, sinks=sinks, segment_ids=shared.segment_ids, scale=scale)
         else:
-            out, cache = functional.attend_cached(
+            out = functional.attend_cached(
                 q, k, v, (state.keys, state.values), shared.position, shared.lengths,
                 sink_slots=c.sinks, window=window, sinks=sinks, scale=scale,
             )  # fmt: skip
-        return Linear(c.d_model, c.o_bias, name="o_proj")(out.reshape(*x.shape[:2], -1)), cache
+            new = k, v
+        return Linear(c.d_model, c.o_bias, name="o_proj")(out.reshape(*x.shape[:2], -1)), new
 
 
 def convolved(
@@ -360,7 +364,7 @@ class DecoderLayer(nn.Module):
     def __call__(
         self, x: jax.Array, scanned: tuple[jax.Array, LayerState | None], shared: Shared
     ) -> tuple[jax.Array, LayerState | None]:
-        """x [B, L, d]; scanned: is_local bool [] and this layer's state -> [B, L, d] and the state after it."""
+        """x [B, L, d]; scanned: is_local bool [] and this layer's state -> [B, L, d] and what is new in it."""
         c = self.config
         is_local, state = scanned
 
@@ -368,7 +372,7 @@ class DecoderLayer(nn.Module):
             return RMSNorm(c.norm_eps, c.norm_offset, name=name)(value)
 
         normed = norm("input_norm", x)
-        mixed, cache = Attention(c, name="attention")(normed, is_local, state, shared)
+        mixed, new = Attention(c, name="attention")(normed, is_local, state, shared)
         x = x + (norm("post_attention_norm", mixed) if c.sandwich_norms else mixed)
         learned = None
         if c.mixer in MEMORIES:
@@ -377,4 +381,4 @@ class DecoderLayer(nn.Module):
         hidden = Mlp(c, name="mlp")(norm("mlp_norm", x))
         x = x + (norm("post_mlp_norm", hidden) if c.sandwich_norms else hidden)
         x = x if state is not None else sharding.over_tokens(x)
-        return x, None if cache is None else LayerState(*cache, *(learned or (None, None)))
+        return x, None if new is None else LayerState(*new, *(learned or (None, None)))

@@ -82,7 +82,10 @@ class AllMemLM(nn.Module):
             result = functional.logits(x, table.T) if c.tie_embeddings else layers.Head(c.vocab_size, name="lm_head")(x)
         if state is None:
             return result
-        return result, state_lib.DecodeState(state.position + shared.lengths, *after)
+        where = (state.position, shared.lengths, c.sinks)
+        keys = functional.write_cache(state.keys, after.keys, *where)
+        values = functional.write_cache(state.values, after.values, *where)
+        return result, state_lib.DecodeState(state.position + shared.lengths, keys, values, after.conv, after.memory)
 
     def _shared(self, tokens, lengths, segment_ids, state, window, sinks) -> layers.Shared:
         """Positions, rotary tables and masks that all layers use."""

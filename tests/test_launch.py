@@ -28,7 +28,7 @@ ARGUMENTS = {  # what each program takes, and whether its first argument may be 
 
 
 BEFORE = r"(?:srun .*|docker run .*|on_every_host .*|exec |TPU=.*|# +)*"
-RUNS = r"(?:(?:[\w./-]*python|IMAGE) -m (train\.\w+)|(?:sbatch|bash) configs/launch/\S+)"  # those scripts train
+RUNS = r"(?:(?:[\w./`-]*python|IMAGE) -m (train\.\w+)|(?:sbatch|bash) configs/launch/\S+)"  # those scripts train
 
 
 def commands(text):

@@ -89,7 +89,8 @@ def remember(q, k, v, lr, momentum, init, state):
 def decode(q, k, v, keys, values, position, lengths, window):
     q, k, v = q[:, :1], k[:, :1, :2], v[:, :1, :2]
     sizes = {"sink_slots": 2, "window": window, "sinks": 2, "scale": 0.5}
-    return functional.attend_cached(q, k, v, (keys, values), position, lengths, **sizes)
+    out = functional.attend_cached(q, k, v, (keys, values), position, lengths, **sizes)
+    return out, *(functional.write_cache(x[None], y[None], position, lengths, 2) for x, y in ((keys, k), (values, v)))
 
 def check(function, arguments, where):
     def loss(*arguments):

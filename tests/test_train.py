@@ -16,7 +16,7 @@ import pytest
 
 from allmem_jax import config as config_lib
 from allmem_jax import sharding
-from train import checkpoint, finetune, metrics, programs, steps, tiny
+from train import checkpoint, finetune, metrics, overhead, programs, steps, tiny
 from train.recipe import FinetuneConfig
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -332,3 +332,10 @@ def test_a_full_disk_is_one_error_and_older_steps_stay(recipe, pretrained, folde
             finetune.main(["any"])
     assert [path.name for path in (folder / "full/checkpoints").iterdir() if path.is_dir()] == ["2"]
     assert len(outcome(finetune.run(config, pretrained))[0]) == 6
+
+
+def test_what_the_loop_costs_can_be_measured(recipe, monkeypatch):
+    monkeypatch.setattr(overhead, "COMPILING", 2)
+    found = overhead.measure(dataclasses.replace(recipe, eval_texts=()), 3)
+    assert set(found) == {"loop", "bare", "data", "loop_over_bare", "data_over_bare"}
+    assert found["loop_over_bare"] == found["loop"] / found["bare"] > 0 and found["data"] > 0
