@@ -110,8 +110,8 @@ def memory(out):
     ("environment", "answer"),
     [
         ({}, False),
-        ({"SLURM_NTASKS": "8", "SLURM_PROCID": "3"}, True),
-        ({"SLURM_NTASKS": "1", "SLURM_PROCID": "0"}, False),
+        ({"SLURM_NTASKS": "8"}, True),
+        ({"SLURM_NTASKS": "1"}, False),
         ({"OMPI_COMM_WORLD_SIZE": "2"}, True),
         ({"TPU_WORKER_HOSTNAMES": "a,b"}, True),
         ({"TPU_WORKER_HOSTNAMES": "localhost"}, False),
@@ -123,6 +123,8 @@ def test_who_speaks_of_several_processes(environment, answer):
 
 
 def test_slurm_tasks_that_leave_gpus_idle():
+    with pytest.raises(ValueError, match="start it with srun"):
+        distributed.check_slurm({"SLURM_NTASKS": "16"})
     with pytest.raises(ValueError, match="--ntasks-per-node=8"):
         distributed.check_slurm({"SLURM_GPUS_ON_NODE": "8", "SLURM_NTASKS_PER_NODE": "1"})
     distributed.check_slurm({"SLURM_GPUS_ON_NODE": "8", "SLURM_NTASKS_PER_NODE": "8"})

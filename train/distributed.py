@@ -62,13 +62,17 @@ def join(others: Processes) -> None:
 def several(environment: Mapping[str, str]) -> bool:
     """Whether the environment speaks of more than one process."""
     counts = (environment.get(name, "1") for name in ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "MEGASCALE_NUM_SLICES"))
-    in_step = "SLURM_PROCID" in environment or "SLURM_NTASKS" not in environment  # not a shell inside an allocation
     hosts = environment.get("TPU_WORKER_HOSTNAMES", "").count(",") + 1
-    return (in_step and any(count.isdigit() and int(count) > 1 for count in counts)) or hosts > 1
+    return any(count.isdigit() and int(count) > 1 for count in counts) or hosts > 1
 
 
 def check_slurm(environment: Mapping[str, str]) -> None:
-    """Raises a ValueError where a Slurm job would leave GPUs idle, as JAX gives each process one of them."""
+    """Raises a ValueError where a Slurm job would leave GPUs or nodes idle, as JAX gives each process one GPU."""
+    if environment.get("SLURM_NTASKS", "1") != "1" and "SLURM_STEP_NODELIST" not in environment:
+        raise ValueError(
+            f"Slurm gave this job {environment['SLURM_NTASKS']} tasks and this process is none of them: start it with "
+            "srun, or give --distributed off to run alone"
+        )
     gpus, tasks = environment.get("SLURM_GPUS_ON_NODE", ""), environment.get("SLURM_NTASKS_PER_NODE", "")
     if gpus.isdigit() and tasks.isdigit() and gpus != tasks:
         raise ValueError(

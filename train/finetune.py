@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -32,6 +32,8 @@ from allmem_jax import config as config_lib
 from allmem_jax import convert, files, model, sharding, tokenizer
 from train import checkpoint, data, distributed, flops, metrics, plan, programs, steps, tiny
 from train.recipe import FinetuneConfig
+
+T = TypeVar("T", bound=FinetuneConfig)
 
 
 class Pretrained(NamedTuple):
@@ -379,17 +381,28 @@ class Command(distributed.Processes, FinetuneConfig):
     """Share of the devices' peak that the expected speed assumes."""
 
 
+def parse(kind: type[T], program: str, description: str, arguments: Sequence[str] | None) -> T:
+    """A command line as a `kind` of FinetuneConfig: a recipe, then any of its fields to set otherwise.
+
+    Args:
+      kind: FinetuneConfig or what adds fields to it.
+      program, description: for --help.
+      arguments: None is the process's own.
+    """
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    named = bool(arguments) and not arguments[0].startswith("-")
+    recipe = read_recipe(arguments.pop(0)) if named else FinetuneConfig()
+    return tyro.cli(
+        kind, prog=f"python -m {program} [RECIPE]", description=description, default=kind(**recipe_fields(recipe)),
+        args=arguments,
+    )  # fmt: skip
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command: a recipe, then any of its fields to set otherwise."""
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        named = bool(arguments) and not arguments[0].startswith("-")
-        recipe = read_recipe(arguments.pop(0)) if named else FinetuneConfig()
         description = "Train a hybrid model. The first argument may be a recipe, configs/NAME.py."
-        command = tyro.cli(
-            Command, prog="python -m train.finetune [RECIPE]", description=description,
-            default=Command(**recipe_fields(recipe)), args=arguments,
-        )  # fmt: skip
+        command = parse(Command, "train.finetune", description, arguments)
         config = FinetuneConfig(**recipe_fields(command))
         if command.compile_only:
             print(plan.make(config, command.compile_only, command.mfu))

@@ -12,12 +12,10 @@ the same programs: with JAX_COMPILATION_CACHE_DIR set, those after the first com
 """
 
 import dataclasses
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import jax
-import tyro
 
 from allmem_jax import model, sharding
 from train import distributed, finetune
@@ -94,16 +92,8 @@ def _answers(
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command: a recipe, then any field to set otherwise."""
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        named = bool(arguments) and not arguments[0].startswith("-")
-        recipe = finetune.read_recipe(arguments.pop(0)) if named else FinetuneConfig()
-        command = tyro.cli(
-            Command,
-            prog="python -m train.on_policy [RECIPE]",
-            default=Command(**finetune.recipe_fields(recipe)),
-            args=arguments,
-        )
+        command = finetune.parse(Command, "train.on_policy", __doc__ or "", arguments)
         if not command.prompts:
             raise ValueError("prompts is not set: give --prompts FILE")
         distributed.join(command)

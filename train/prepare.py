@@ -6,14 +6,12 @@ is left as it is; training then finds all tokens there, on every host that sees 
 
 import multiprocessing
 import os
-import sys
 from collections.abc import Sequence
 from concurrent import futures
 from pathlib import Path
 from typing import Any
 
 import tqdm
-import tyro
 
 from train import documents, records
 
@@ -83,17 +81,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     from train import finetune  # here, as every process imports this module and none needs jax
     from train.recipe import FinetuneConfig
 
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        named = bool(arguments) and not arguments[0].startswith("-")
-        default = finetune.read_recipe(arguments.pop(0)) if named else FinetuneConfig()
-        recipe = tyro.cli(
-            FinetuneConfig,
-            prog="python -m train.prepare [RECIPE]",
-            description=__doc__,
-            default=default,
-            args=arguments,
-        )
+        recipe = finetune.parse(FinetuneConfig, "train.prepare", __doc__ or "", arguments)
         if not recipe.model or not (paths := texts(recipe)):
             raise ValueError("the recipe names no model, or no texts: give both --model and --texts")
         tokenizer, cache = load_tokenizer(recipe), Path(recipe.cache)
