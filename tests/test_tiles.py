@@ -41,8 +41,9 @@ def test_an_unknown_device_gets_the_default():
 def test_attention_blocks_come_from_the_table(monkeypatch):
     monkeypatch.setitem(swa_tpu.TILES, "v6e", swa_tpu.Tiles(columns=512, keys=1024))
     q, k = (jax.ShapeDtypeStruct((1, 4096, heads, 64), jnp.bfloat16) for heads in (4, 2))
+    traced = jnp.int32(1), jnp.int32(0)
     with on("TPU v6 lite"):
-        blocks = swa_tpu.choose_blocks(q, k, jnp.int32(1), jnp.int32(0))
+        blocks = swa_tpu.choose_blocks(q, k, *traced)
     assert (blocks.query, blocks.key) == (256, 1024)
     blocks = swa_tpu.choose_blocks(q, k, 4096, 0)
     assert (blocks.query * 2, blocks.key) == (swa_tpu.Tiles().columns, swa_tpu.Tiles().keys)

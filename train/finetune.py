@@ -252,9 +252,7 @@ def place_batch(arrays: dict[str, np.ndarray], mesh: Mesh, own: list[int], batch
     """This process's rows as its part of global arrays."""
     where = sharding.batch_sharding(mesh)
 
-    def place(name: str) -> jax.Array:
-        local = arrays[name]
-
+    def place(local: np.ndarray) -> jax.Array:
         def part(index: Any) -> np.ndarray:
             first, last, _ = index[0].indices(batch)
             at = own.index(first)
@@ -262,8 +260,9 @@ def place_batch(arrays: dict[str, np.ndarray], mesh: Mesh, own: list[int], batch
 
         return jax.make_array_from_callback((batch, *local.shape[1:]), where, part)
 
-    segments = place("segment_ids") if packed else None
-    return steps.Batch(place("tokens"), place("targets"), place("mask"), segments)
+    names = ("tokens", "targets", "mask", "segment_ids") if packed else ("tokens", "targets", "mask")
+    rows = [arrays[name] for name in names]
+    return steps.Batch(*(jax.device_put(rows, where) if jax.process_count() == 1 else map(place, rows)))
 
 
 @contextmanager

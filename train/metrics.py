@@ -26,7 +26,7 @@ class MetricsLog:
         lines = [line for line in read_metrics(file) if line["step"] <= start] if file.exists() else []
         files.write(file, "".join(json.dumps(line) + "\n" for line in lines))
         self._file = file.open("a", encoding="utf-8")
-        self._events = None if tensorboard is None else _tensorboard(tensorboard, start)
+        self._events = None if tensorboard is None else _Events(tensorboard, start)
         self._wandb = _wandb(wandb, file.parent) if wandb else None
 
     def __enter__(self) -> "MetricsLog":
@@ -46,16 +46,27 @@ class MetricsLog:
         self._file.flush()
         numbers = {k: v for k, v in clean.items() if v is not None and k != "step"}
         if self._events is not None:
-            for name, value in numbers.items():
-                self._events.add_scalar(name, value, line["step"])
+            self._events(numbers, line["step"])
         if self._wandb is not None:
             self._wandb.log(numbers, step=line["step"])
 
 
-def _tensorboard(folder: Path, start: int) -> Any:
-    import tensorboardX  # only where it is asked for
+class _Events:
+    """TensorBoard's event files: one event a step, which is far quicker than one a value."""
 
-    return tensorboardX.SummaryWriter(str(folder), purge_step=start + 1 if start else None)
+    def __init__(self, folder: Path, start: int):
+        import tensorboardX  # only where it is asked for
+        from tensorboardX.proto import summary_pb2
+
+        self._summary = summary_pb2.Summary
+        self._writer = tensorboardX.SummaryWriter(str(folder), purge_step=start + 1 if start else None)
+
+    def __call__(self, numbers: Mapping[str, Any], step: int) -> None:
+        values = [self._summary.Value(tag=name, simple_value=value) for name, value in numbers.items()]
+        self._writer.file_writer.add_summary(self._summary(value=values), step)
+
+    def close(self) -> None:
+        self._writer.close()
 
 
 def _wandb(project: str, folder: Path) -> Any:

@@ -6,6 +6,7 @@ there already; the data stream runs alone. Compiling and checkpoints are left ou
 
 import dataclasses
 import json
+import statistics
 import sys
 import tempfile
 import time
@@ -39,14 +40,14 @@ def measure(config: FinetuneConfig, steps: int) -> dict[str, float]:
         finetune.run(config, pretrained, rows)
         lines = metrics.read_metrics(Path(folder) / "metrics.jsonl")
     tokens = config.batch * config.seq_length
-    loop = (len(lines) - COMPILING) / sum(tokens / line["tokens_per_s"] for line in lines[COMPILING:])
-    found = {"loop": tokens * loop, "bare": tokens / _bare(config, pretrained, rows, steps)}
+    found = {"loop": _typical([line["tokens_per_s"] / tokens for line in lines[COMPILING:]]) * tokens}
+    found["bare"] = tokens * _bare(config, pretrained, rows, steps)
     found["data"] = tokens / _data(config, rows, 10 * steps)
     return found | {"loop_over_bare": found["loop"] / found["bare"], "data_over_bare": found["data"] / found["bare"]}
 
 
 def _bare(config: FinetuneConfig, pretrained: finetune.Pretrained, rows: data.Source, steps: int) -> float:
-    """Seconds of a step when nothing else is done."""
+    """Steps a second when nothing else is done."""
     mesh = sharding.make_mesh(*config.mesh)
     state, frozen = finetune.start(config, pretrained, mesh)
     teacher, student = programs.make(config, pretrained.config, sharding.tree_shardings(state, mesh), mesh)
@@ -55,14 +56,19 @@ def _bare(config: FinetuneConfig, pretrained: finetune.Pretrained, rows: data.So
     chunk, window, sinks = config.draw(1)
     with jax.set_mesh(mesh):
         batch = finetune.place_batch(arrays, mesh, own, config.batch, config.packed)
+        rates = []
         for step in range(COMPILING + steps):
-            if step == COMPILING:
-                jax.block_until_ready(state)
-                began = time.perf_counter()
+            began = time.perf_counter()
             hidden = teacher(frozen, batch) if teacher else None
             state, _ = student(chunk)(state, frozen, batch, hidden, window, sinks, programs.draw(config, step))
-        jax.block_until_ready(state)
-    return (time.perf_counter() - began) / steps
+            jax.block_until_ready(state)
+            rates.append(1 / (time.perf_counter() - began))
+    return _typical(rates[COMPILING:])
+
+
+def _typical(rates: list[float]) -> float:
+    """The median, so that what else the machine did for a moment does not count."""
+    return statistics.median(rates)
 
 
 def _data(config: FinetuneConfig, rows: data.Source, steps: int) -> float:
