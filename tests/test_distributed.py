@@ -22,7 +22,7 @@ from train import finetune, metrics
 show = metrics.Progress.show
 def slowly(self, line):
     show(self, line)
-    time.sleep(0.5)
+    time.sleep(1)
 if "--slowly" in sys.argv:
     sys.argv.remove("--slowly")
     metrics.Progress.show = slowly
