@@ -60,8 +60,8 @@ def _tokenise(file: Path, digest: str, cache: Path) -> None:
 
 def texts(recipe: Any) -> list[str]:
     """All texts that a recipe names: `texts`, those of its `mixture`, and `eval_texts`."""
-    parts = [text for part in getattr(recipe, "mixture", ()) for text in part.texts]
-    return [*recipe.texts, *parts, *getattr(recipe, "eval_texts", ())]
+    parts = [text for part in recipe.mixture for text in part.texts]
+    return [*recipe.texts, *parts, *recipe.eval_texts]
 
 
 def load_tokenizer(recipe: Any) -> Any:
@@ -69,7 +69,7 @@ def load_tokenizer(recipe: Any) -> Any:
     from allmem_jax import tokenizer as tokenizer_lib
     from train import tiny
 
-    path = getattr(recipe, "tokenizer", "") or recipe.model
+    path = recipe.tokenizer or recipe.model
     tokenizer: Any = tiny.ByteTokenizer() if path == "tiny" else tokenizer_lib.load_tokenizer(path)
     if tokenizer is None:
         raise ValueError(f"{path} has no tokenizer, which the texts need; add its tokenizer.json")

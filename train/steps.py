@@ -219,19 +219,14 @@ def batch_loss(
         index = drawn.at.reshape(drawn.at.shape + (1,) * (x.ndim - 2))
         return sharding.over_tokens(jnp.take_along_axis(x, index, axis=1))
 
-    head, targets = model.head_kernel(params, config), gather(batch.targets)
+    student, head, targets = gather(hidden), model.head_kernel(params, config), gather(batch.targets)
     if teacher is None:
-        values = {"ce": losses.cross_entropy(gather(hidden), head, targets, block=loss.block)}
-        each = values["ce"]
+        each = losses.cross_entropy(student, head, targets, block=loss.block)
+        values = {"ce": each}
     else:
-        values = dict(
-            zip(
-                ("kl", "ce", "teacher_ce"),
-                losses.distill_losses(gather(hidden), gather(teacher), head, targets, block=loss.block),
-                strict=True,
-            )
-        )
-        each = values["kl"] + loss.ce_weight * values["ce"]
+        kl, ce, teacher_ce = losses.distill_losses(student, gather(teacher), head, targets, block=loss.block)
+        each = kl + loss.ce_weight * ce
+        values = {"kl": kl, "ce": ce, "teacher_ce": teacher_ce}
     total = jnp.sum(drawn.weight * each)
     sums = {"loss": total}
     sums |= {name: _share(value, drawn.use, counts["all"]) for name, value in values.items()}
