@@ -429,7 +429,7 @@ def save_pretrained(
         if memory:
             safetensors.numpy.save_file(memory, part / ALLMEM_WEIGHTS)
         if tokenizer is not None:
-            tokenizer.save_pretrained(part)
+            tokenizer_lib.save_tokenizer(tokenizer, part)
         part.chmod(0o755)
         _replace_folder(part, path)
     finally:
