@@ -4,10 +4,11 @@ A GGUF file holds a vocabulary, merges and a template, not a tokenizer: it is pu
 package, the way llama.cpp reads the same fields. Nothing here needs torch or a network.
 """
 
+import contextlib
 import json
 import os
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import tokenizers
@@ -53,17 +54,26 @@ def load_tokenizer(path: str | os.PathLike[str]) -> transformers.PreTrainedToken
     path = pathlib.Path(path).expanduser()
     if path.is_file():
         file = gguf_reader.open_gguf(path)
-        return from_gguf(file) if "tokenizer.ggml.model" in file.metadata else None
+        with _one_line(path):
+            return from_gguf(file) if "tokenizer.ggml.model" in file.metadata else None
     if not any((path / name).is_file() for name in _FILES):
         return None
-    try:
+    with _one_line(path):
         tokenizer = _from_folder(path)
-    except Exception as error:  # transformers and tokenizers raise bare Exceptions for damaged files
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise ValueError(f"{path}: cannot load the tokenizer: {reason}; copy the original's tokenizer.json") from error
     tokenizer.clean_up_tokenization_spaces = tokenizer.init_kwargs["clean_up_tokenization_spaces"] = False
     _leave_open(tokenizer)
     return tokenizer
+
+
+@contextlib.contextmanager
+def _one_line(path: pathlib.Path) -> Iterator[None]:
+    """Makes one kind of error, on one line, of whatever transformers and tokenizers raise for damaged files."""
+    try:
+        yield
+    except Exception as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        hint = "" if path.is_file() else "; copy the original's tokenizer.json"
+        raise ValueError(f"{path}: cannot load the tokenizer: {reason}{hint}") from error
 
 
 def _from_folder(path: pathlib.Path) -> transformers.PreTrainedTokenizerBase:
@@ -145,15 +155,15 @@ def from_gguf(file: gguf_reader.GGUFFile) -> transformers.PreTrainedTokenizerFas
     prefix = "tokenizer.ggml."
     fields = {key.removeprefix(prefix): value for key, value in file.metadata.items() if key.startswith(prefix)}
     kind, pre, tokens = fields.get("model"), fields.get("pre", "default"), fields.get("tokens")
-    if kind not in ("gpt2", "llama") or not isinstance(tokens, list):
-        raise ValueError(f"{file.path}: tokenizer {kind!r} is not supported; supported in GGUF: 'gpt2', 'llama'")
-    if kind == "gpt2" and pre not in _SPLITS:
-        raise ValueError(f"{file.path}: pre-tokenizer {pre!r} is not supported; supported: {', '.join(_SPLITS)}")
+    if not isinstance(kind, str) or kind not in ("gpt2", "llama") or not isinstance(tokens, list):
+        raise ValueError(f"tokenizer {kind!r:.80} is not supported; supported in GGUF: 'gpt2', 'llama'")
+    if kind == "gpt2" and not (isinstance(pre, str) and pre in _SPLITS):
+        raise ValueError(f"pre-tokenizer {pre!r:.80} is not supported; supported: {', '.join(_SPLITS)}")
     special = {
         f"{name}_token": tokens[fields[key]]
         for name, key in (("bos", "bos_token_id"), ("eos", "eos_token_id"), ("unk", "unknown_token_id"),
                           ("pad", "padding_token_id"))
-        if fields.get(key, len(tokens)) < len(tokens)
+        if 0 <= fields.get(key, -1) < len(tokens)
     }  # fmt: skip
     if kind == "gpt2":
         backend = _byte_level(fields, pre)
