@@ -86,6 +86,10 @@ class ModelConfig:
       dtype: "float32" or "bfloat16", of activations and matmul inputs; fast weights are always float32.
       remat: what a layer keeps for its backward pass: "layer" its input alone, "dots" also the results of its
         projections, "none" everything.
+
+    Text:
+      eos_tokens: ids that end a text or a turn, sorted; `load_pretrained` collects them. They change no arithmetic: a
+        saved state belongs to the model whatever they are.
     """
 
     vocab_size: int
@@ -132,6 +136,8 @@ class ModelConfig:
     dtype: str = "float32"
     remat: str = "layer"
 
+    eos_tokens: tuple[int, ...] = ()
+
     def __post_init__(self):
         for name in ("vocab_size", "d_model", "n_layers", "n_heads", "n_kv_heads", "head_dim", "d_ff", "window",
                      "chunk", "d_mem", "mem_expansion", "conv_kernel"):  # fmt: skip
@@ -151,6 +157,9 @@ class ModelConfig:
             raise ValueError(f"local_layers needs local_window, the pretrained window; got {self.local_window}")
         if not 0 < self.momentum_init < 1 or not self.lr_init > 0:
             raise ValueError(f"momentum_init={self.momentum_init} must be in (0, 1), lr_init={self.lr_init} positive")
+        for token in self.eos_tokens:
+            if type(token) is not int or not 0 <= token < self.vocab_size:
+                raise ValueError(f"eos_tokens={self.eos_tokens} must be ids below vocab_size={self.vocab_size}")
         _one_of("mixer", self.mixer, MIXERS)
         _one_of("family", self.family, FAMILIES)
         _one_of("activation", self.activation, ("silu", "gelu_tanh"))
@@ -253,7 +262,7 @@ class ModelConfig:
         if not isinstance(fields, dict) or not set(fields) <= known:
             extra = sorted(set(fields) - known) if isinstance(fields, dict) else type(fields).__name__
             raise ValueError(f"not a model config: unknown fields {extra}")
-        fields = {**fields, "local_layers": tuple(fields.get("local_layers", ()))}
+        fields = {**fields, **{name: tuple(fields.get(name, ())) for name in ("local_layers", "eos_tokens")}}
         if fields.get("rope_scaling"):
             fields["rope_scaling"] = RopeScaling(**fields["rope_scaling"])
         try:
