@@ -297,7 +297,8 @@ def with_room(
         )
     config = full_as_windowed(config, max(past + more, slots))
     room = [(0, 0), (0, 0), (0, config.window - slots), (0, 0), (0, 0)]
-    return config, state._replace(keys=jnp.pad(state.keys, room), values=jnp.pad(state.values, room))
+    like = jax.tree.structure(jax.eval_shape(lambda: state_lib.init_state(config, rows)))
+    return config, jax.tree.unflatten(like, [state.position, jnp.pad(state.keys, room), jnp.pad(state.values, room)])
 
 
 def bucket(length: int, at_least: int) -> int:

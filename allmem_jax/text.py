@@ -2,31 +2,24 @@
 
 import dataclasses
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import weakref
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from typing import Any
 
 import transformers
 
 from allmem_jax import config as config_lib
-from allmem_jax import generation, model, state
+from allmem_jax import ends, generation, model, state
 
 Tokenizer = transformers.PreTrainedTokenizerBase
 Messages = Sequence[dict[str, str]]
 
-# What instruction-tuned models of the supported families end a turn with, beside the tokenizer's own end of sequence.
-TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<end_of_turn>", "<|endoftext|>")
 _BYTE = re.compile("<0x[0-9A-Fa-f]{2}>")  # how sentencepiece vocabularies write the bytes of rare characters
 
 
 def stop_tokens(tokenizer: Tokenizer, config: config_lib.ModelConfig | None = None) -> list[int]:
     """The ids that end a text or a turn: the tokenizer's and the config's."""
-    return sorted(_ends(tokenizer) | set(config.eos_tokens if config is not None else ()))
-
-
-def _ends(tokenizer: Tokenizer) -> set[int]:
-    added = tokenizer.get_added_vocab()
-    ids = {added[text] for text in TURN_ENDS if text in added}
-    return ids if tokenizer.eos_token_id is None else ids | {tokenizer.eos_token_id}
+    return sorted(ends.of_tokenizer(tokenizer) | set(config.eos_tokens if config is not None else ()))
 
 
 def render(
@@ -92,7 +85,7 @@ def decode_stream(tokenizer: Tokenizer, ids: Iterable[int], before: Sequence[int
 
 
 def _decode(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
-    return str(tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+    return str(tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
 
 def _settled(text: str) -> str:
@@ -194,6 +187,7 @@ class Conversation:
     thinking: bool | None = None
     _tokens: list[int] = dataclasses.field(default_factory=list)  # what the state has read
     _state: state.DecodeState | None = None
+    _replying: weakref.ref[Generator[str, None, None]] | None = None
     _earlier: tuple[int, state.DecodeState | None] = (0, None)  # the state after the first so many of them
 
     def __post_init__(self):
@@ -205,21 +199,28 @@ class Conversation:
     def reply(self, text: str) -> Iterator[str]:
         """Yields the model's answer to `text` piece by piece; both join `messages`.
 
-        An answer that is not asked for to its end joins as far as it was yielded; before the first piece, the turn is
-        as if it had not been.
+        An answer that is not asked for to its end (it is closed, dropped, or fails; the next reply closes it) joins as
+        far as it was yielded. Before its first piece the turn is as if it had not been.
         """
         if not text.strip():
             raise ValueError("the message is empty: write something")
+        if unfinished := self._replying and self._replying():
+            unfinished.close()
+        pieces = self._reply(text)
+        self._replying = weakref.ref(pieces)
+        return pieces
+
+    def _reply(self, text: str) -> Generator[str, None, None]:
         messages = [*self.messages, _message("user", text)]
         prompt, stops = self._encode(messages), stop_tokens(self.tokenizer, self.config)
         self._check_length(len(prompt))
         at, after = self._resume(prompt)
-        earlier: tuple[int, state.DecodeState | None] | None = None
+        earlier: list[tuple[int, state.DecodeState]] = []
         for end in (self._lasting(messages, prompt), len(prompt)):
             if at < end:
                 logits, after = generation.prefill(self.params, self.config, [prompt[at:end]], state=after)
                 at = end
-            earlier = earlier or (at, after)
+            earlier.append((at, after))
         steps = generation.stream(
             self.params, self.config, logits, after, max_tokens=self.max_tokens, sampling=self.sampling,
             stop_tokens=stops, seed=self.seed + len(self.messages),
@@ -240,9 +241,9 @@ class Conversation:
                 yield piece
         except BaseException:  # the reader has gone, or a step was interrupted, whose state is lost
             if shown:
-                self._join(messages, shown, prompt[: earlier[0]], earlier[1], earlier)
+                self._join(messages, shown, prompt[: earlier[0][0]], earlier[0][1], earlier[0])
             raise
-        self._join(messages, shown, prompt + answer, after, earlier)
+        self._join(messages, shown, prompt + answer, after, earlier[0])
 
     def _encode(self, messages: Messages) -> list[int]:
         rendered = render(self.tokenizer, messages, thinking=self.thinking)
@@ -259,7 +260,7 @@ class Conversation:
         if len(self._tokens) <= self.config.max_length:  # once
             generation.warn_beyond(self.config, prompt, self.max_tokens)
 
-    def _resume(self, prompt: list[int]) -> tuple[int, state.DecodeState | None]:
+    def _resume(self, prompt: list[int]) -> tuple[int, state.DecodeState]:
         """The longest beginning of `prompt` that was read already, and the state after it."""
         for count, after in ((len(self._tokens), self._state), self._earlier):
             if after is not None and count < len(prompt) and self._tokens[:count] == prompt[:count]:
@@ -269,7 +270,10 @@ class Conversation:
 
     def _lasting(self, messages: Messages, prompt: list[int]) -> int:
         """How many tokens of `prompt` the template keeps when the chat goes on."""
-        later = self._encode([*messages, _message("assistant", "x"), _message("user", "x")])
+        try:
+            later = self._encode([*messages, _message("assistant", "x"), _message("user", "x")])
+        except ValueError:  # it does not go on
+            return len(prompt)
         pairs = enumerate(zip(prompt, later, strict=False))
         return next((place for place, (now, then) in pairs if now != then), min(len(prompt), len(later)))
 
