@@ -137,7 +137,7 @@ def generate(
         top_k: Draw from the k likeliest tokens; 0 is all.
         top_p: Draw from the likeliest tokens that together reach this probability.
         seed: Of the draws.
-        stop: Text to stop at, which is not shown; may be given several times.
+        stop: Texts to stop at, which are not shown; may be given several times.
         chat: Take the prompt as a user's message, in the model's chat template.
         thinking: With --chat, whether the model thinks aloud first; default: as its template has it.
     """
@@ -192,7 +192,7 @@ def chat(
         top_k: Draw from the k likeliest tokens; 0 is all.
         top_p: Draw from the likeliest tokens that together reach this probability.
         seed: Of the draws.
-        stop: Text that ends an answer, without being shown; may be given several times.
+        stop: Texts that end an answer, without being shown; may be given several times.
         thinking: Whether the model thinks aloud before it answers; default: as its template has it.
         context: Longest chat with full attention, in tokens.
     """
@@ -531,13 +531,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _prompt_last(arguments: list[str]) -> list[str]:
-    """With a prompt such as "-x is what?" at the end, after --: what begins with a dash and has a space is no option.
+    """Puts a prompt that begins with a dash last, after --, where it is no option: those have two dashes and no space.
 
-    A value of an option stays where it is.
+    What follows an option stays where it is, as it may be its value.
     """
     for place, (before, word) in enumerate(itertools.pairwise(arguments), 1):
-        text = word.startswith("-") and " " in word.partition("=")[0]
-        if text and not before.startswith("-") and "--" not in arguments:
+        option = word == "-h" or (word.startswith("--") and " " not in word.partition("=")[0])
+        if word.startswith("-") and not option and not before.startswith("-") and "--" not in arguments:
             return [*arguments[:place], *arguments[place + 1 :], "--", word]
     return arguments
 
