@@ -155,7 +155,7 @@ def _folder_config(path: pathlib.Path) -> config_lib.ModelConfig:
     eos_tokens = ends.gather(ends.of_hf(raw, stated), config.vocab_size)
     if (path / ALLMEM_CONFIG).is_file():
         with _naming(path / ALLMEM_CONFIG):
-            saved = config_lib.ModelConfig.from_json((path / ALLMEM_CONFIG).read_text())
+            saved = config_lib.ModelConfig.from_json(_read_text(path / ALLMEM_CONFIG))
         if differing := families.differing_fields(saved, config):
             raise ValueError(f"{path / ALLMEM_CONFIG} is of another model than config.json: {', '.join(differing)}")
         config, eos_tokens = saved, tuple(sorted({*saved.eos_tokens, *eos_tokens}))
@@ -189,19 +189,23 @@ def _naming(path: pathlib.Path) -> Iterator[None]:
     """Puts the file's name before errors about its contents."""
     try:
         yield
-    except (ValueError, TypeError, KeyError, ZeroDivisionError) as error:
-        detail = f"lacks {error}" if isinstance(error, KeyError) else str(error)
-        raise ValueError(f"{path}: {detail}") from error
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
 def _read_json(path: pathlib.Path) -> dict[str, Any]:
     try:
-        contents = json.loads(path.read_text())
-    except ValueError as error:
+        contents = json.loads(_read_text(path))
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"not valid JSON: {error}") from None
     if not isinstance(contents, dict):
         raise ValueError(f"holds a {type(contents).__name__}, not an object")
     return contents
+
+
+def _read_text(path: pathlib.Path) -> str:
+    """UTF-8, with or without the byte-order mark that some editors put first."""
+    return path.read_bytes().decode("utf-8-sig")
 
 
 def _refuse_pointer(path: pathlib.Path) -> None:
@@ -429,7 +433,7 @@ def save_pretrained(
         if memory:
             safetensors.numpy.save_file(memory, part / ALLMEM_WEIGHTS)
         if tokenizer is not None:
-            tokenizer.save_pretrained(part)
+            tokenizer_lib.save_tokenizer(tokenizer, part)
         part.chmod(0o755)
         _replace_folder(part, path)
     finally:
