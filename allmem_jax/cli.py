@@ -142,6 +142,7 @@ def generate(
         thinking: With --chat, whether the model thinks aloud first; default: as its template has it.
     """
     from allmem_jax import generation, text
+    from allmem_jax import tokenizer as tokenizer_lib
 
     if thinking and not chat:
         raise ValueError(f"--thinking {thinking} is a switch of the chat template: add --chat")
@@ -159,7 +160,7 @@ def generate(
         return _print_stream(talk.reply(prompt))
     pieces = text.complete(
         params, config, tokenizer, prompt, max_tokens=max_tokens, sampling=sampling, seed=seed, stop=stops,
-        progress=_progress(len(tokenizer.encode(prompt)), "reading the prompt"),
+        progress=_progress(len(tokenizer_lib.encode_prompt(tokenizer, prompt)), "reading the prompt"),
     )  # fmt: skip
     print(prompt, end="", flush=True)
     return _print_stream(pieces)

@@ -10,6 +10,7 @@ import transformers
 
 from allmem_jax import config as config_lib
 from allmem_jax import ends, generation, model, state
+from allmem_jax import tokenizer as tokenizer_lib
 
 Tokenizer = transformers.PreTrainedTokenizerBase
 Messages = Sequence[dict[str, str]]
@@ -146,7 +147,7 @@ def complete(
     if max_tokens < 1:
         raise ValueError(f"max_tokens={max_tokens} must be at least 1")
     sampling.check()
-    ids = tokenizer.encode(prompt)
+    ids = tokenizer_lib.encode_prompt(tokenizer, prompt)
     generation.warn_beyond(config, len(ids), max_tokens)
     config, start = generation.with_room(config, None, 1, len(ids) + max_tokens)
     logits, start = generation.prefill(params, config, [ids], state=start, progress=progress)
