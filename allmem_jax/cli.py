@@ -439,7 +439,7 @@ def recall(
     )
     section = tasks_lib.section(
         settings, backbone, tokenizer, named, variants, questions=asked, parts=out / "parts",
-        source=tasks_lib.fingerprint(model), command=tasks_lib.command(model, texts, questions, settings, config),
+        source=tasks_lib.fingerprint(model), command=tasks_lib.command(model, texts, questions, settings, config, out),
     )  # fmt: skip
     sections.save(out / f"{section.name}.json", section)
     _print_section(section)
@@ -492,7 +492,7 @@ def longbench(
     variants = longbench_lib.variants(config, params, mixers)
     progress = _progress(sum(plan.counts) * len(variants), "answering")
     results = longbench_lib.run(plan, params, tokenizer, variants, out, lambda: progress(1))
-    section = longbench_lib.section(results, longbench_lib.command(str(model), plan, config, mixers))
+    section = longbench_lib.section(results, longbench_lib.command(str(model), plan, config, mixers, out))
     sections.save(out / f"{suite}.json", section)
     _print_section(section)
 
@@ -550,8 +550,7 @@ def _lm_eval(arguments: list[str]) -> int:
     except ImportError as error:
         _say(f"error: {error}")
         return 2
-    harness.main(arguments)
-    return 0
+    return harness.main(arguments)
 
 
 def _load(model: pathlib.Path, mixing: Mixing) -> tuple[Any, Any, Any]:

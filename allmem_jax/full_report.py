@@ -213,7 +213,7 @@ def _answers(given: Given) -> Part:
         section = tasks.section(
             asked, backbone, tokenizer, texts, variants, questions=questions,
             parts=settings.out / "sections" / "answers", source=tasks.fingerprint(settings.model),
-            command=f"{command} {shlex.join(dtype)}",
+            command=command,
         )  # fmt: skip
         return dataclasses.replace(section, text=(*section.text, *(f"Left out: {why}." for why in left_out.values())))
 
