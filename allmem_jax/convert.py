@@ -25,11 +25,12 @@ import safetensors.numpy
 import transformers
 
 from allmem_jax import config as config_lib
-from allmem_jax import families, gguf_reader, model
+from allmem_jax import ends, families, gguf_reader, model
 from allmem_jax import tokenizer as tokenizer_lib
 
 ALLMEM_CONFIG = "allmem_config.json"
 ALLMEM_WEIGHTS = "allmem.safetensors"
+_GENERATION = "generation_config.json"
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 
@@ -78,11 +79,17 @@ def load_pretrained(
     if config.mixer in config_lib.MEMORY_MIXERS and "memory" not in params["layers"]:
         warnings.warn(f"{path} has no memory: an untrained one is added, which changes nothing yet", stacklevel=2)
         params = model.merge_params(params, model.init_memory(config))
-    return config, params, tokenizer_lib.load_tokenizer(path)
+    tokenizer = tokenizer_lib.load_tokenizer(path)
+    if "eos_tokens" not in overrides and tokenizer is not None:
+        stated = {"the config": config.eos_tokens, f"the tokenizer of {path}": ends.of_tokenizer(tokenizer)}
+        config = config.replace(eos_tokens=ends.gather(stated, config.vocab_size))
+    return config, params, tokenizer
 
 
 def read_config(path: str | os.PathLike[str]) -> config_lib.ModelConfig:
     """The config of a Hugging Face folder, a GGUF file or a preset, as `load_pretrained` gives it; reads no weights.
+
+    It has no `eos_tokens` that only the tokenizer knows.
 
     Raises:
       FileNotFoundError: no such file or folder, or one without a config.json.
@@ -118,7 +125,8 @@ def _gguf_config(file: gguf_reader.GGUFFile) -> config_lib.ModelConfig:
     shapes = {name: tensor.shape for name, tensor in file.tensors.items()}
     with _naming(file.path):
         factors = file.read("rope_freqs.weight") if "rope_freqs.weight" in shapes else None
-        return families.config_from_gguf(file.metadata, shapes, factors).replace(mixer="full")
+        config = families.config_from_gguf(file.metadata, shapes, factors)
+        return config.replace(mixer="full", eos_tokens=ends.gather(ends.of_gguf(file.metadata), config.vocab_size))
 
 
 def _load_gguf(path: pathlib.Path, overrides: dict[str, Any]) -> tuple[config_lib.ModelConfig, dict[str, Any]]:
@@ -138,13 +146,20 @@ def _folder_config(path: pathlib.Path) -> config_lib.ModelConfig:
         if file.is_file():
             _refuse_pointer(file)
     with _naming(path / "config.json"):
-        config = families.config_from_hf(_read_json(path / "config.json"))
+        raw = _read_json(path / "config.json")
+        config = families.config_from_hf(raw)
+    stated = {}
+    if (path / _GENERATION).is_file():
+        with _naming(path / _GENERATION):
+            stated = _read_json(path / _GENERATION)
+    eos_tokens = ends.gather(ends.of_hf(raw, stated), config.vocab_size)
     if (path / ALLMEM_CONFIG).is_file():
         with _naming(path / ALLMEM_CONFIG):
-            saved = config_lib.ModelConfig.from_json((path / ALLMEM_CONFIG).read_text())
+            saved = config_lib.ModelConfig.from_json(_read_text(path / ALLMEM_CONFIG))
         if differing := families.differing_fields(saved, config):
             raise ValueError(f"{path / ALLMEM_CONFIG} is of another model than config.json: {', '.join(differing)}")
-        config = saved
+        config, eos_tokens = saved, tuple(sorted({*saved.eos_tokens, *eos_tokens}))
+    config = config.replace(eos_tokens=eos_tokens)
     if (path / ALLMEM_WEIGHTS).is_file():
         return config.replace(mixer=config.memory_mixer)
     return config.replace(mixer="full") if config.mixer in config_lib.MEMORY_MIXERS else config
@@ -174,19 +189,23 @@ def _naming(path: pathlib.Path) -> Iterator[None]:
     """Puts the file's name before errors about its contents."""
     try:
         yield
-    except (ValueError, TypeError, KeyError, ZeroDivisionError) as error:
-        detail = f"lacks {error}" if isinstance(error, KeyError) else str(error)
-        raise ValueError(f"{path}: {detail}") from error
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
 def _read_json(path: pathlib.Path) -> dict[str, Any]:
     try:
-        contents = json.loads(path.read_text())
-    except ValueError as error:
+        contents = json.loads(_read_text(path))
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"not valid JSON: {error}") from None
     if not isinstance(contents, dict):
         raise ValueError(f"holds a {type(contents).__name__}, not an object")
     return contents
+
+
+def _read_text(path: pathlib.Path) -> str:
+    """UTF-8, with or without the byte-order mark that some editors put first."""
+    return path.read_bytes().decode("utf-8-sig")
 
 
 def _refuse_pointer(path: pathlib.Path) -> None:
@@ -399,17 +418,22 @@ def save_pretrained(
     np_dtype = _np_dtype(dtype or str(backbone["embed/embedding"].dtype))
     raw |= {"torch_dtype": np_dtype.name, "transformers_version": transformers.__version__}
     if tokenizer is not None:
-        raw |= {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+        raw["bos_token_id"] = tokenizer.bos_token_id
+        stated = {"the config": config.eos_tokens, "the tokenizer": ends.of_tokenizer(tokenizer)}
+        config = config.replace(eos_tokens=ends.gather(stated, config.vocab_size))
+    generation = {"eos_token_id": list(config.eos_tokens) or None}
+    raw |= generation
     path.parent.mkdir(parents=True, exist_ok=True)
     part = pathlib.Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     try:
         _write_backbone(part, config, backbone, np_dtype, max_shard_size)
         (part / "config.json").write_text(json.dumps(raw, indent=2) + "\n")
+        (part / _GENERATION).write_text(json.dumps(generation, indent=2) + "\n")
         (part / ALLMEM_CONFIG).write_text(config.to_json() + "\n")
         if memory:
             safetensors.numpy.save_file(memory, part / ALLMEM_WEIGHTS)
         if tokenizer is not None:
-            tokenizer.save_pretrained(part)
+            tokenizer_lib.save_tokenizer(tokenizer, part)
         part.chmod(0o755)
         _replace_folder(part, path)
     finally:

@@ -27,7 +27,9 @@ LLAMA3 = dict(
     rope_type="llama3", rope_theta=500.0, factor=4.0, low_freq_factor=1.0, high_freq_factor=4.0,
     original_max_position_embeddings=16,
 )  # fmt: skip
-YARN = dict(rope_type="yarn", rope_theta=5000.0, factor=4.0, original_max_position_embeddings=16)
+YARN = dict(
+    rope_type="yarn", rope_theta=5000.0, factor=4.0, original_max_position_embeddings=16, beta_fast=4.0, beta_slow=0.5
+)  # fmt: skip
 LINEAR = dict(rope_type="linear", rope_theta=3000.0, factor=2.5)
 GEMMA_ROPE = {
     "full_attention": dict(rope_type="linear", rope_theta=9000.0, factor=8.0),
@@ -228,6 +230,9 @@ def write_gguf(case: str, folder: pathlib.Path, path: pathlib.Path, arch: str) -
         writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
         writer.add_rope_scaling_factor(rope["factor"])
         writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
+        writer.add_rope_scaling_yarn_beta_fast(rope["beta_fast"])
+        writer.add_rope_scaling_yarn_beta_slow(rope["beta_slow"])
+    writer.add_eos_token_id(raw["eos_token_id"])
     if arch == "gemma3":
         writer.add_sliding_window(raw["sliding_window"])
     names = gguf.get_tensor_name_map(arch_enum(arch), raw["num_hidden_layers"])
