@@ -82,7 +82,7 @@ def convert(
         window: Tokens that attention sees, the current one among them.
         sinks: First tokens that attention always sees.
         chunk: Tokens between two updates of the memory; more than the window leaves a blind gap.
-        n_mem: Heads of the memory. Default: the model's key-value heads.
+        n_mem: Heads of the memory. Default: the model's key-value heads, but at most 8, and 4 where it has one or two.
         d_mem: Dimension of a head of the memory.
         qk_scale: Norm of the memory's queries and keys: 1 (l2, the paper) or sqrt(d_mem) (rms).
         seed: Of the memory's initial values.
@@ -98,7 +98,7 @@ def convert(
 
     _say(f"reading {model}")
     sizes = dict(window=window, sinks=sinks, chunk=chunk, d_mem=d_mem, qk_scale=qk_scale)
-    config, params, tokenizer = convert_lib.load_pretrained(model, dtype=dtype, n_mem=n_mem, **sizes)
+    config, params, tokenizer = convert_lib.load_pretrained(model, dtype=dtype, **_set(dict(n_mem=n_mem)), **sizes)
     config = config.replace(mixer=config.memory_mixer)
     backbone, _ = model_lib.split_params(params)
     params = model_lib.merge_params(backbone, model_lib.init_memory(config, seed))

@@ -44,3 +44,18 @@ def shakespeare_path() -> pathlib.Path:
     if path is None:
         pytest.skip("needs the real texts: python -m train.fetch shakespeare")
     return path
+
+
+@pytest.fixture
+def error_of(capsys):
+    """error_of(command, *arguments): the line on stderr with which a command ends that cannot do what it is asked."""
+
+    def call(command, *arguments):
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            command(*arguments)
+        assert stop.value.code == 2
+        (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+        return line
+
+    return call

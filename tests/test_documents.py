@@ -315,7 +315,7 @@ def test_prepare_tokenises_in_other_processes(tmp_path):
         prepare.prepare([str(tmp_path / "bad.jsonl")], Words(), cache, 2)
 
 
-def test_prepare_command(tmp_path, capsys):
+def test_prepare_command(tmp_path, capsys, error_of):
     texts = write(tmp_path / "texts", "jsonl", TEXTS)
     (tmp_path / "recipe.py").write_text(
         f"from train.recipe import FinetuneConfig\nconfig = FinetuneConfig(model='tiny', texts=({str(texts)!r},))"
@@ -323,8 +323,7 @@ def test_prepare_command(tmp_path, capsys):
     for made in (1, 0):
         prepare.main([str(tmp_path / "recipe.py"), "--cache", str(tmp_path / "cache")])
         assert f"3 documents, 62 tokens in {tmp_path / 'cache'}; {made} files" in capsys.readouterr().out
-    with pytest.raises(SystemExit, match="error: the recipe names no model, or no texts"):
-        prepare.main([])
+    assert error_of(prepare.main, []).startswith("error: the recipe names no model, or no texts")
     part = data.Part(("b",))
     config = recipe.FinetuneConfig(texts=("a",), mixture=(part,), eval_texts=("c",))
     assert prepare.texts(config) == ["a", "b", "c"]

@@ -13,7 +13,7 @@ from typing import Any
 
 import tqdm
 
-from train import documents, records
+from train import documents, errors, records
 
 _worker: dict[str, Any] = {}  # of a process: the tokenizer, which is sent once
 
@@ -81,7 +81,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     from train import finetune  # here, as every process imports this module and none needs jax
     from train.recipe import FinetuneConfig
 
-    try:
+    with errors.one_line():
         recipe = finetune.parse(FinetuneConfig, "train.prepare", __doc__ or "", arguments)
         if not recipe.model or not (paths := texts(recipe)):
             raise ValueError("the recipe names no model, or no texts: give both --model and --texts")
@@ -89,8 +89,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         made = prepare(paths, tokenizer, cache, os.cpu_count() or 1)
         found = documents.load_documents(paths, tokenizer, cache)
         print(f"{len(found)} documents, {found.lengths.sum()} tokens in {cache}; {made} files tokenised now")
-    except ValueError as error:
-        raise SystemExit(f"error: {error}") from None
 
 
 if __name__ == "__main__":
