@@ -136,9 +136,8 @@ def test_full_attention_goes_on_from_its_state(params):
 
 def test_full_attention_refuses_a_state_that_is_not_its_own(params):
     full = TINY.replace(mixer="full")
-    tokens = random_tokens(1, 40)[0].tolist()
     windowed = TINY.replace(mixer="swa")
-    _, forgotten = generation.prefill(params, windowed, [tokens], piece=5)
+    forgotten = generation.state_lib.init_state(windowed, 1).replace(position=np.full(1, 40, np.int32))
     with pytest.raises(ValueError, match="has read 40 tokens and holds"):
         generation.generate(params, full, [[1]], max_tokens=2, state=forgotten)
     for other in (TINY, windowed.replace(n_layers=5)):
@@ -146,7 +145,7 @@ def test_full_attention_refuses_a_state_that_is_not_its_own(params):
             generation.prefill(params, full, [[1]], state=generation.state_lib.init_state(other, 1))
 
 
-def test_texts_beyond_the_training_length_are_warned_of(params):
+def test_texts_beyond_the_training_length_are_warned_of(params, monkeypatch):
     windowed, full = (TINY.replace(mixer=mixer, max_length=20) for mixer in ("swa", "full"))
     with pytest.warns(UserWarning, match="may reach 21 tokens.*trained on 20: full attention"):
         generation.warn_beyond(full, 15, 6)
@@ -156,8 +155,9 @@ def test_texts_beyond_the_training_length_are_warned_of(params):
         warnings.simplefilter("error")
         generation.warn_beyond(full, 14, 6)
         generation.warn_beyond(windowed, 20, 100)
-    with pytest.warns(UserWarning, match="ends at token 21") as found:
-        generation.generate(params, TINY.replace(max_length=20), [[1] * 21, [1] * 3], max_tokens=0, piece=5)
+    monkeypatch.setattr(generation, "prefill", lambda *_, **__: (_ for _ in ()).throw(InterruptedError))
+    with pytest.warns(UserWarning, match="ends at token 21") as found, pytest.raises(InterruptedError):
+        generation.generate(params, windowed, [[1] * 21, [1] * 3], max_tokens=9)
     assert len(found) == 1
 
 
