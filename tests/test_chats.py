@@ -150,22 +150,29 @@ def test_templates_that_refuse_are_one_error(tmp_path, template, message):
         documents.load_documents([tmp_path], byte_tokenizer(template), tmp_path / "cache")
 
 
-def test_tokens_do_not_cross_into_an_answer():
-    """A tokenizer that merges "\n" and "a" into one token, where they are not on two sides of an edge."""
-    tokenizer = byte_tokenizer(CHATML)
-    state = json.loads(tokenizer.backend_tokenizer.to_str())
-    state["model"]["vocab"]["Ċa"] = len(state["model"]["vocab"])
-    state["model"]["merges"] = [["Ċ", "a"]]
+def merging_tokenizer(first, second):
+    """A tokenizer that makes one token of two letters wherever they meet, and keeps spaces out of tokens' offsets."""
+    state = json.loads(byte_tokenizer().backend_tokenizer.to_str())
+    state["model"]["vocab"][first + second] = len(state["model"]["vocab"])
+    state["model"]["merges"] = [[first, second]]
     state["pre_tokenizer"]["use_regex"] = False
-    merging = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer.from_str(json.dumps(state)), eos_token="<|im_end|>"
-    )
-    merging.chat_template = CHATML
-    merged = merging.convert_tokens_to_ids("Ċa")
-    assert merged in merging.encode("\na")
-    document = documents.chat_document("here", say("\na", "ab", "hi", "a\na"), merging)
-    assert merging.decode(document.tokens[document.response].tolist()) == "ab<|im_end|>a\na<|im_end|>"
-    assert [bool(flag) for flag in document.response[document.tokens == merged]] == [False, True]
+    backend = Tokenizer.from_str(json.dumps(state))
+    backend.post_processor = processors.ByteLevel(trim_offsets=True)
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|im_end|>")
+    tokenizer.chat_template = CHATML
+    return tokenizer, tokenizer.convert_tokens_to_ids(first + second)
+
+
+def test_tokens_do_not_cross_into_an_answer(tmp_path):
+    tokenizer, merged = merging_tokenizer("Ċ", "a")
+    document = documents.chat_document("here", say("\na", "ab", "hi", "a\na"), tokenizer)
+    assert tokenizer.decode(document.tokens[document.response].tolist()) == "ab<|im_end|>a\na<|im_end|>"
+    assert document.response[document.tokens == merged].tolist() == [False, True]  # where no edge is between them
+    tokenizer, merged = merging_tokenizer("Ġ", "4")
+    (tmp_path / "a.jsonl").write_text(json.dumps({"prompt": "2 42= ", "completion": "4 4"}))
+    (document,) = documents.load_documents([tmp_path / "a.jsonl"], tokenizer, tmp_path / "cache")
+    assert tokenizer.decode(document.tokens[document.response].tolist()) == "4 4<|im_end|>"
+    assert document.response[document.tokens == merged].tolist() == [False, True]
 
 
 def test_instructions_need_no_template(tmp_path):

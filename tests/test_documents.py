@@ -12,7 +12,7 @@ import pytest
 from array_record.python import array_record_module
 from pyarrow import parquet
 
-from train import data, documents, prepare, recipe
+from train import data, documents, prepare, recipe, tiny
 
 pytestmark = pytest.mark.core
 
@@ -151,6 +151,18 @@ def test_texts_end_with_the_end_of_text(tmp_path):
     broken = data.load_documents([texts], Ends(), tmp_path / "cache", end_of_text=False)
     assert [3 in d.tokens for d in broken] == [False, True, False, False]
     assert broken.content_hash() != load(texts, tmp_path, Ends()).content_hash()
+
+
+@pytest.mark.parametrize("end", [True, False])
+@pytest.mark.parametrize("mixed", [True, False])
+def test_a_recipe_says_whether_texts_end(tmp_path, end, mixed):
+    from train import finetune  # here, as processes of `prepare` import this file
+
+    texts = (str(write(tmp_path / "texts", "jsonl", TEXTS)),)
+    fields = {"mixture": (data.Part(texts),)} if mixed else {"texts": texts, "pack": True}
+    config = recipe.FinetuneConfig(cache=str(tmp_path / "cache"), seq_length=32, chunk=(8,), end_of_text=end, **fields)
+    rows = finetune.read_rows(config, finetune.Pretrained(tiny.CONFIG, None, None, Ends()), config.texts)
+    assert sum(int((rows[i]["targets"] == Ends.eos_token_id).sum()) for i in range(len(rows))) == 3 * end
 
 
 def test_a_file_that_is_named_itself_may_have_any_suffix(tmp_path):
@@ -331,9 +343,11 @@ def test_a_full_disk_is_one_error_and_older_files_stay(tmp_path, monkeypatch):
 def test_prepare_tokenises_in_other_processes(tmp_path):
     texts = [write(tmp_path / kind, kind, TEXTS) for kind in ("jsonl", "parquet", "txt")]
     paths, cache = [str(path) for path in texts], tmp_path / "cache"
-    assert prepare.prepare(paths, Words(), cache, 2) == 5
-    assert prepare.prepare(paths, Words(), cache, 2) == 0
-    assert len(data.load_documents(paths, Unable(), cache)) == 9
+    assert prepare.prepare(paths, Ends(), cache, 2, end_of_text=False) == 5
+    assert prepare.prepare(paths, Ends(), cache, 2, end_of_text=False) == 0
+    made = sorted(cache.iterdir())
+    found = data.load_documents(paths, Ends(), cache, end_of_text=False)
+    assert len(found) == 9 and found.largest_token() == ord("é") and sorted(cache.iterdir()) == made
     (tmp_path / "bad.jsonl").write_text("{")
     with pytest.raises(ValueError, match="bad.jsonl:1 is not JSON"):
         prepare.prepare([str(tmp_path / "bad.jsonl")], Words(), cache, 2)

@@ -383,9 +383,10 @@ def _pieces(where: str, text: str, cuts: Sequence[int], tokenizer: Any) -> list[
     if not getattr(tokenizer, "is_fast", False):
         return [tokenizer.encode(text[a:b], add_special_tokens=False) for a, b in itertools.pairwise(cuts)]
     whole = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    offsets = np.asarray(whole["offset_mapping"], np.int64).reshape(-1, 2)
+    starts, stops = np.asarray(whole["offset_mapping"], np.int64).reshape(-1, 2).T
+    starts = np.minimum(starts, [0, *np.maximum.accumulate(stops)[:-1]])  # some leave out the space before a word
     plain = ~np.isin(whole["input_ids"], tokenizer.all_special_ids)
-    crossed = [at for at, cut in enumerate(cuts) if np.any(plain & (offsets[:, 0] < cut) & (cut < offsets[:, 1]))]
+    crossed = [at for at, cut in enumerate(cuts) if np.any(plain & (starts < cut) & (cut < stops))]
     if crossed:
         parts = [cuts[a : b + 1] for a, b in itertools.pairwise([0, *crossed, len(cuts) - 1])]
         return [
@@ -393,7 +394,7 @@ def _pieces(where: str, text: str, cuts: Sequence[int], tokenizer: Any) -> list[
             for part in parts
             for ids in _pieces(where, text[part[0] : part[-1]], [cut - part[0] for cut in part], tokenizer)
         ]
-    edges = np.searchsorted(np.maximum.accumulate(offsets[:, 0]), cuts[1:-1])
+    edges = np.searchsorted(np.maximum.accumulate(starts), cuts[1:-1])
     return [ids.tolist() for ids in np.split(np.asarray(whole["input_ids"], np.int64), edges)]
 
 
