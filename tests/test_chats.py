@@ -128,7 +128,7 @@ def test_calls_of_tools_go_through_the_template():
     with pytest.raises(ValueError, match="here has tool_calls, of which the tokenizer's chat template knows nothing"):
         documents.chat_document("here", messages, byte_tokenizer(CHATML))
     with pytest.raises(ValueError, match="here has tools, of which"):
-        documents.chat_document("here", say("hi", "hello"), byte_tokenizer(CHATML), tools)
+        documents.chat_document("here", say("hi", "hello"), byte_tokenizer(CHATML + "{# xml_tools #}"), tools)
     thinking = [*say("hi"), {"role": "assistant", "content": "a", "reasoning_content": "b"}]
     with pytest.raises(ValueError, match="here has reasoning_content, of which"):
         documents.chat_document("here", thinking, byte_tokenizer(CHATML))

@@ -12,7 +12,7 @@ import pytest
 from array_record.python import array_record_module
 from pyarrow import parquet
 
-from train import data, documents, prepare, recipe, tiny
+from train import data, documents, prepare, recipe
 
 pytestmark = pytest.mark.core
 
@@ -156,7 +156,7 @@ def test_texts_end_with_the_end_of_text(tmp_path):
 @pytest.mark.parametrize("end", [True, False])
 @pytest.mark.parametrize("mixed", [True, False])
 def test_a_recipe_says_whether_texts_end(tmp_path, end, mixed):
-    from train import finetune  # here, as processes of `prepare` import this file
+    from train import finetune, tiny  # here, as processes of `prepare` import this file
 
     texts = (str(write(tmp_path / "texts", "jsonl", TEXTS)),)
     fields = {"mixture": (data.Part(texts),)} if mixed else {"texts": texts, "pack": True}

@@ -15,7 +15,7 @@ from train import formats
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _REASONING = ("reasoning_content", "reasoning", "thinking")
 # How templates write the arguments of a call where they take an object; others take the JSON text of one.
-_OBJECT = re.compile(r"(?:arguments|function|tool_calls?)['\"\])\\]*\s*(?:\|\s*(?:tojson|items)|\.items)")
+_OBJECT = re.compile(r"(?:arguments|function|tool_calls?)['\"\])]*\s*(?:\|\s*(?:tojson|items)|\.items)")
 _STAND_IN = "\ue000answer\ue000"  # with characters of private use
 
 Draw = Callable[[Sequence[dict[str, Any]], bool], str]  # some turns, and whether an answer is asked for, to their text
@@ -42,9 +42,10 @@ def render(name: str, chat: formats.Chat, tokenizer: Any) -> tuple[str, list[Ans
       ValueError: the template refuses the conversation or knows nothing of a part of it, or an answer cannot be found
         in what it makes of it.
     """
-    template = str(getattr(tokenizer, "chat_template", None))
+    template = getattr(tokenizer, "chat_template", None) or ""
+    template = "\n".join(template.values()) if isinstance(template, dict) else template
     turns = [_turn(name, message, template) for message in chat.messages]
-    if chat.tools and "tools" not in template:
+    if chat.tools and not _knows(template, "tools"):
         raise ValueError(f"{name} has tools, of which the tokenizer's chat template knows nothing: take the record out")
     flags = [turn.pop("train", True) for turn in turns]
     learned = [flag for flag, turn in zip(flags, turns, strict=True) if turn["role"] == "assistant"]
@@ -67,7 +68,7 @@ def _turn(name: str, message: dict[str, Any], template: str) -> dict[str, Any]:
     """A turn of which the template knows all, with arguments of calls as it writes them."""
     for field in ("tool_calls", *_REASONING):
         known = _REASONING if field in _REASONING else (field,)  # transformers gives reasoning each of its names
-        if message.get(field) and not any(each in template for each in known):
+        if message.get(field) and not _knows(template, *known):
             raise ValueError(
                 f"{name} has {field}, of which the tokenizer's chat template knows nothing: take the record out"
             )
@@ -75,6 +76,10 @@ def _turn(name: str, message: dict[str, Any], template: str) -> dict[str, Any]:
     if not isinstance(calls, list) or not _OBJECT.search(template):
         return dict(message)
     return message | {"tool_calls": [formats.call_with_object(call) for call in calls]}
+
+
+def _knows(template: str, *fields: str) -> bool:
+    return bool(re.search(rf"\b({'|'.join(fields)})\b", template))
 
 
 def _said(turns: Sequence[dict[str, Any]]) -> list[int]:
