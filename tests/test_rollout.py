@@ -157,7 +157,7 @@ def test_stop_tokens_are_those_of_tokenizer_and_model(monkeypatch):
         ('{"messages": []}', "jsonl:2 must end with a turn of the user that is not empty"),
         ('{"text": "a"}', 'jsonl:2 has neither a non-empty "prompt"'),
         ('{"messages": [{"role": "assistant", "content": "a"}]}', "must end with a turn of the user.* ends with"),
-        ('{"messages": [{"role": "user"}]}', "must end with a turn of the user"),
+        ('{"messages": [{"role": "user"}]}', 'needs a "role" and a "content"'),
         ('{"messages": [{"content": "b"}, {"role": "user", "content": "a"}]}', 'needs a "role" and a "content"'),
         (json.dumps({"prompt": "a" * 200}), r"has \d+ tokens and max_prompt=100"),
         ('{"prompt": "a"', "jsonl:2 is not JSON"),
@@ -179,7 +179,7 @@ def test_prompts_of_other_files(prompts, tmp_path):
     for file in tmp_path.iterdir():
         assert prompts_lib.read(str(file), tiny.ByteTokenizer(), 100) == prompts
     (tmp_path / "prompts.txt").write_text("a")
-    with pytest.raises(ValueError, match="must be a .jsonl, .parquet, .arrayrecord file"):
+    with pytest.raises(ValueError, match="must be a .jsonl, .json, .parquet, .arrayrecord file"):
         prompts_lib.read(str(tmp_path / "prompts.txt"), tiny.ByteTokenizer(), 100)
 
 

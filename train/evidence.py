@@ -126,7 +126,7 @@ def learnt(recipe: FinetuneConfig, pretrained: finetune.Pretrained, rows: data.S
 
 def training_rows(config: EvidenceConfig, recipe: FinetuneConfig, tokenizer: Any) -> data.Source:
     """Pieces of the training books and, where they are asked for, rows with needles in the same books."""
-    documents = data.load_documents(recipe.texts, tokenizer, Path(recipe.cache))
+    documents = data.load_documents(recipe.texts, tokenizer, Path(recipe.cache), end_of_text=recipe.end_of_text)
     rows = data.Rows(documents, recipe.seq_length)
     if not config.needle_share:
         return rows

@@ -129,10 +129,12 @@ def read_rows(config: FinetuneConfig, pretrained: Pretrained, texts: Sequence[st
     align, cache = max(config.chunk) if config.packed else None, Path(config.cache)
     rows: Any
     if texts:
-        documents = data.load_documents(texts, pretrained.tokenizer, cache)
+        documents = data.load_documents(texts, pretrained.tokenizer, cache, end_of_text=config.end_of_text)
         rows = data.Rows(documents, config.seq_length, align=align, response_only=config.response_only)
     else:
-        rows = data.Mixture(config.mixture, config.seq_length, pretrained.tokenizer, cache, align=align)
+        rows = data.Mixture(
+            config.mixture, config.seq_length, pretrained.tokenizer, cache, align=align, end_of_text=config.end_of_text
+        )
     data.check_tokenizer(pretrained.config.vocab_size, rows.largest_token())
     return rows
 

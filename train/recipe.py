@@ -34,7 +34,7 @@ class FinetuneConfig:
     tokenizer: str = ""
     """A folder or .gguf file with the tokenizer, where `model` is a preset."""
     texts: tuple[str, ...] = ()
-    """.txt, .jsonl, .parquet and .arrayrecord files, or folders of them, to train on."""
+    """.txt, .jsonl, .json, .parquet and .arrayrecord files, or folders of them, to train on."""
     mixture: tuple[data.Part, ...] = ()
     """Where texts are not given: sets of them with weights, each with its own length of pieces and mask."""
     out: str = ""
@@ -60,7 +60,10 @@ class FinetuneConfig:
     pack: bool = False
     """Put several documents in a row, each starting on the grid of the largest chunk; for chats and short texts."""
     response_only: bool = False
-    """In chats, take the loss on the assistant's tokens only."""
+    """In chats, and in records of a prompt and its completion, take the loss on the answers only."""
+    end_of_text: bool = True
+    """Let plain texts end with the tokenizer's end-of-text token, so that a model learns to end; chats end as their
+    template ends."""
 
     window: tuple[int, int] = (512, 8192)
     """Smallest and largest window, in tokens; drawn anew each step."""
@@ -149,7 +152,12 @@ class FinetuneConfig:
     @property
     def packed(self) -> bool:
         """Whether a row holds several documents."""
-        return self.pack or bool(self.mixture and not self.texts)
+        return self.pack or self.mixed
+
+    @property
+    def mixed(self) -> bool:
+        """Whether the mixture is what is trained on."""
+        return bool(self.mixture and not self.texts)
 
     def check(self) -> None:
         """Raises a ValueError that names the first field that cannot work; warns of a blind gap."""

@@ -262,6 +262,7 @@ def _answer(
             "finished": row not in going,
             "tokens": len(answer),
         }
+        | ({"tools": prompt.tools} if prompt.tools else {})
         for row, (prompt, answer) in enumerate(zip(prompts, answers, strict=True))
     ]
 
