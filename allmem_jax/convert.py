@@ -24,7 +24,7 @@ import safetensors.numpy
 import transformers
 
 from allmem_jax import config as config_lib
-from allmem_jax import families, gguf_reader, model
+from allmem_jax import families, gguf_reader, model, stores
 from allmem_jax import tokenizer as tokenizer_lib
 
 ALLMEM_CONFIG = "allmem_config.json"
@@ -47,7 +47,7 @@ def load_pretrained(
     """Loads a pretrained model, or one that `save_pretrained` wrote.
 
     Args:
-      path: a Hugging Face folder with safetensors weights, or a GGUF file.
+      path: a Hugging Face folder with safetensors weights, or a GGUF file; a URL of either, see `stores`.
       dtype: "float32" or "bfloat16", of the backbone's parameters and of the config's arithmetic. The memory's
         parameters are always float32.
       **overrides: fields of `ModelConfig`, e.g. `window=128`.
@@ -61,7 +61,7 @@ def load_pretrained(
       ValueError: the files are damaged, or do not make a supported model. Unused, missing, doubly matched and
         wrongly shaped tensors come as one error that lists them all.
     """
-    path = pathlib.Path(path).expanduser()
+    path = stores.local(path).expanduser()
     _np_dtype(dtype)
     overrides["dtype"] = dtype
     if path.is_dir():
@@ -324,10 +324,11 @@ def save_pretrained(
 ) -> None:
     """Writes a folder that `load_pretrained` reads, and whose backbone transformers reads.
 
-    The folder is written beside `path` and renamed when it is complete, so a failure leaves `path` as it was.
+    The folder is written beside `path` and renamed when it is complete, so a failure leaves `path` as it was. What is
+    written to a URL has its config.json last.
 
     Args:
-      path: the folder; it must not exist, or be empty, unless `overwrite`.
+      path: the folder or its URL; it must not exist, or be empty, unless `overwrite`.
       config: the model's config.
       params: its parameters, with or without `layers/memory`.
       tokenizer: saved too when given.
@@ -339,6 +340,12 @@ def save_pretrained(
       FileExistsError: `path` is taken.
       ValueError: the parameters do not fit the config, or no Hugging Face class can express it.
     """
+    if stores.is_url(path):
+        if not overwrite and stores.names(path):
+            raise FileExistsError(f"{path} is not empty; give another, or overwrite=True to replace it")
+        with stores.scratch("model") as folder:
+            save_pretrained(folder, config, params, tokenizer, dtype=dtype, max_shard_size=max_shard_size)
+            return stores.replace(folder, path, last="config.json")
     path = pathlib.Path(path).expanduser().absolute()
     if path.exists() and not path.is_dir():
         raise FileExistsError(f"{path} is a file; give the name of a folder")

@@ -25,6 +25,7 @@ import jinja2
 import numpy as np
 import tqdm
 
+from allmem_jax import stores
 from train import records
 
 _FORMAT = 2  # of the cache
@@ -162,10 +163,10 @@ def load_documents(
     Raises:
       ValueError: a file or a record that cannot be used, or a cache folder that cannot be written.
     """
-    shards = []
+    shards, folder = [], stores.local_only(cache, "cache")
     for file, digest in digests(records.find(paths), tokenizer):
-        shard = open_shard(file, digest, Path(cache))
-        shards.append(tokenise(file, digest, tokenizer, Path(cache)) if shard is None else shard)
+        shard = open_shard(file, digest, folder)
+        shards.append(tokenise(file, digest, tokenizer, folder) if shard is None else shard)
     return Documents(shards, tuple(tokenizer.encode("")))
 
 

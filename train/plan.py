@@ -10,7 +10,6 @@ import json
 import math
 import warnings
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -18,7 +17,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from allmem_jax import config as config_lib
-from allmem_jax import families, sharding
+from allmem_jax import families, sharding, stores
 from pallas_kernels import topology
 from train import flops, programs, steps, tiny
 from train.recipe import FinetuneConfig
@@ -73,8 +72,8 @@ def planned_config(config: FinetuneConfig) -> config_lib.ModelConfig:
     """The student's config from a preset's name or a model's folder, whose weights are not read."""
     if config.model == "tiny":
         found = tiny.CONFIG
-    elif (Path(config.model) / "config.json").is_file():
-        found = families.config_from_hf(json.loads((Path(config.model) / "config.json").read_text()))
+    elif (file := stores.local(stores.join(config.model, "config.json"))).is_file():
+        found = families.config_from_hf(json.loads(file.read_text()))
     else:
         found = config_lib.preset(config.model)
     return found.replace(**config.model_overrides())

@@ -1,12 +1,12 @@
 """Prompts to answer: records of text or conversations that end with the user, as the student will read them."""
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import tqdm
 
+from allmem_jax import stores
 from train import documents, records
 
 
@@ -47,7 +47,7 @@ def read(path: str, tokenizer: Any, longest: int) -> list[Prompt]:
 
 def _conversations(path: str) -> Iterator[tuple[str, list[dict[str, str]]]]:
     """The name of each record, for errors, and its conversation, which the user has the last word in."""
-    file, kinds = Path(path), records.SUFFIXES[1:]
+    file, kinds = stores.local(path), records.SUFFIXES[1:]
     if not file.is_file() or file.suffix not in kinds:
         raise ValueError(f"prompts={path!r} must be a {', '.join(kinds)} file that exists")
     records.find([file])  # refuses an empty file and a pointer to one

@@ -17,7 +17,7 @@ import numpy as np
 import tqdm
 import tyro
 
-from allmem_jax import files, sections
+from allmem_jax import files, sections, stores
 from train import recall
 
 Row = dict[str, Any]
@@ -225,6 +225,7 @@ def section(results: dict[str, dict[str, list[Row]]]) -> sections.Section:
 
 def main(settings: GridConfig) -> sections.Section:
     """Trains, prints and writes."""
+    stores.local_only(settings.out, "out")
     made = section(run(settings))
     sections.save(settings.out / "section.json", made)
     for each in made.tables:

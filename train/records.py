@@ -13,6 +13,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from allmem_jax import stores
+
 SUFFIXES = (".txt", ".jsonl", ".parquet", ".arrayrecord")
 _KINDS = f"{', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}"
 _LFS = b"version https://git-lfs.github.com/spec/"
@@ -39,13 +41,13 @@ def name(file: str | os.PathLike[str], number: int) -> str:
 
 
 def find(paths: Sequence[str | os.PathLike[str]]) -> list[Path]:
-    """The files, and those with a known suffix in the folders, in a fixed order.
+    """The files, and those with a known suffix in the folders, in a fixed order; local copies of those at URLs.
 
     Raises:
       ValueError: nothing found, an empty file, or a Git LFS pointer.
     """
     files: list[Path] = []
-    for path in map(Path, paths):
+    for path in map(stores.local, paths):
         if not path.exists():
             raise ValueError(f"no text at {path}: give {_KINDS} files, or folders of them")
         found = sorted(p for p in path.rglob("*") if p.suffix in SUFFIXES and p.is_file()) if path.is_dir() else [path]
