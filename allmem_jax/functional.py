@@ -6,7 +6,6 @@ Only this file calls the kernels. Axes:
     S sink slots    W window slots    N memory heads    K convolution taps    H hidden size of the fast weights
 """
 
-import functools
 import math
 
 import jax
@@ -16,6 +15,7 @@ from jax.sharding import PartitionSpec
 import pallas_kernels
 from allmem_jax import config as config_lib
 from allmem_jax import sharding
+from pallas_kernels import dots
 from pallas_kernels.swa import slots
 
 
@@ -35,15 +35,13 @@ def l2_normalise(x: jax.Array, norm: float = 1.0, eps: float = 1e-6) -> jax.Arra
 
 def linear(x: jax.Array, kernel: jax.Array, bias: jax.Array | None = None) -> jax.Array:
     """x @ kernel + bias in x's dtype, accumulated in float32. x [..., in], kernel [in, out]."""
-    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
-    y = jnp.matmul(x, kernel.astype(x.dtype), precision=precision, preferred_element_type=jnp.float32)
+    y = dots.matmul(x, kernel)
     return (y if bias is None else y + bias.astype(jnp.float32)).astype(x.dtype)
 
 
 def logits(hidden: jax.Array, head: jax.Array) -> jax.Array:
     """float32 [..., V] from hidden states [..., d] and the head [d, V], accumulated in float32."""
-    precision = jax.lax.Precision.HIGHEST if hidden.dtype == jnp.float32 else None
-    return jnp.matmul(hidden, head.astype(hidden.dtype), precision=precision, preferred_element_type=jnp.float32)
+    return dots.matmul(hidden, head)
 
 
 def document_offsets(segment_ids: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -186,14 +184,12 @@ def _attend_some(q, k, v, keys, values, position, lengths, *, sink_slots, window
     distance = q_pos[:, :, None] - k_pos[:, None, :]
     visible = (distance >= 0) & ((distance < window) | (k_pos < sinks)[:, None, :]) & real[:, None, :]
 
-    precision = jax.lax.Precision.HIGHEST if q.dtype == jnp.float32 else None
-    dot = functools.partial(jnp.einsum, precision=precision, preferred_element_type=jnp.float32)
     grouped = q.reshape(batch, length, k.shape[2], -1, dim)
-    scores = jnp.concatenate([dot("blhgd,bkhd->bhglk", grouped, x) for x in (keys, k)], axis=-1) * scale
+    scores = jnp.concatenate([dots.einsum("blhgd,bkhd->bhglk", grouped, x) for x in (keys, k)], axis=-1) * scale
     scores = jnp.where(visible[:, None, None], scores, -1e30)
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)  # [B, Hkv, G, L, T + L]
     cached, new = weights[..., :count], weights[..., count:]
-    out = dot("bhglk,bkhd->blhgd", cached, values) + dot("bhglk,bkhd->blhgd", new, v)
+    out = dots.einsum("bhglk,bkhd->blhgd", cached, values) + dots.einsum("bhglk,bkhd->blhgd", new, v)
     return out.reshape(batch, length, heads, dim).astype(q.dtype)
 
 

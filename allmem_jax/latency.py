@@ -6,6 +6,7 @@ What a mixer of constant state runs at every context is one program for prefill 
 a cache of exactly the context, so every context compiles its own two.
 """
 
+import dataclasses
 import os
 import pathlib
 import platform
@@ -92,7 +93,7 @@ def _time(
         return jax.block_until_ready(generation.prefill(params, config, [text], state=state, piece=piece))
 
     _, state = read(None)  # compiles
-    state = state._replace(position=jnp.full((1,), context - piece, jnp.int32))
+    state = dataclasses.replace(state, position=jnp.full((1,), context - piece, jnp.int32))
     pieces = []
     for _ in range(repeats):
         began = time.perf_counter()
@@ -145,7 +146,7 @@ def section(config: config_lib.ModelConfig, name: str, **settings: Any) -> secti
     return sections.Section(
         name=f"latency-{pathlib.Path(name).name}",
         title=f"Time per token by context length, {name}",
-        command=f"allmem cost {name} --measure",
+        command=sections.command("cost", name, measure=True),
         text=(*(_finding(mixer, rows) for mixer in mixers), shape),
         tables=(sections.Table("one sequence; programs compiled so far by the mixer", HEADER, _cells(rows)),),
         plots=(

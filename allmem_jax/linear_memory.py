@@ -20,6 +20,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels import dots
+
 BLOCK = 64  # tokens; the results do not depend on it
 
 
@@ -116,10 +118,10 @@ def _ssd_block(
     """One block: state [B, N, Dk, Dv], q, k [B, 1, T, Dk], v [B, N, T, Dv], log_decay [B, N, T] -> out, state."""
     q, k = q[:, 0], k[:, 0]
     between, entering, leaving, through = _decays(log_decay, document)
-    scores = _dot("btd,bud->btu", q, k)[:, None] * between
-    out = _dot("bntu,bnue->bnte", scores.astype(v.dtype), v)
-    out += entering * _dot("btd,bnde->bnte", q, state)
-    written = _dot("btd,bnte->bnde", k, (leaving * v).astype(v.dtype))
+    scores = dots.einsum("btd,bud->btu", q, k)[:, None] * between
+    out = dots.einsum("bntu,bnue->bnte", scores.astype(v.dtype), v)
+    out += entering * dots.einsum("btd,bnde->bnte", q, state)
+    written = dots.einsum("btd,bnte->bnde", k, (leaving * v).astype(v.dtype))
     return out, through * state + written
 
 
@@ -139,14 +141,15 @@ def _delta_block(
     """
     between, entering, leaving, through = _decays(log_decay, document)
     size = k.shape[2]
-    overlap = beta[..., None] * _dot("bntd,bnud->bntu", k, k) * between
+    overlap = beta[..., None] * dots.einsum("bntd,bnud->bntu", k, k) * between
     system = jnp.eye(size) + jnp.tril(overlap, -1)
-    wanted = beta[..., None] * (v - entering * _dot("bntd,bnde->bnte", k, state))
-    u = jax.lax.linalg.triangular_solve(system, wanted, left_side=True, lower=True, unit_diagonal=True)
-    scores = _dot("bntd,bnud->bntu", q, k) * between
-    out = _dot("bntu,bnue->bnte", scores.astype(v.dtype), u)
-    out += entering * _dot("bntd,bnde->bnte", q, state)
-    written = _dot("bntd,bnte->bnde", k, (leaving * u).astype(v.dtype))
+    wanted = beta[..., None] * (v - entering * dots.einsum("bntd,bnde->bnte", k, state))
+    with jax.named_scope("float32_solve"):  # its gradient is a product in float32 too, and meant
+        u = jax.lax.linalg.triangular_solve(system, wanted, left_side=True, lower=True, unit_diagonal=True)
+    scores = dots.einsum("bntd,bnud->bntu", q, k) * between
+    out = dots.einsum("bntu,bnue->bnte", scores.astype(v.dtype), u)
+    out += entering * dots.einsum("bntd,bnde->bnte", q, state)
+    written = dots.einsum("bntd,bnte->bnde", k, (leaving * u).astype(v.dtype))
     return out, through * state + written
 
 
@@ -166,12 +169,6 @@ def _decays(log_decay: jax.Array, document: jax.Array) -> tuple[jax.Array, jax.A
     entering = jnp.where(document[:, None] == 0, jnp.exp(total), 0)
     leaving = jnp.where((document == document[:, -1:])[:, None], jnp.exp(total[..., -1:] - total), 0)
     return between, entering[..., None], leaving[..., None], entering[..., -1:, None]
-
-
-def _dot(spec: str, x: jax.Array, y: jax.Array) -> jax.Array:
-    """Einsum with inputs in x's dtype, accumulated in float32."""
-    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
-    return jnp.einsum(spec, x, y.astype(x.dtype), precision=precision, preferred_element_type=jnp.float32)
 
 
 def _like(mask: jax.Array, x: jax.Array) -> jax.Array:

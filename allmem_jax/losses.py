@@ -10,7 +10,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from allmem_jax import sharding
+from allmem_jax import functional, sharding
 
 
 def distill_losses(
@@ -81,9 +81,7 @@ def _by_blocks(losses: Callable[..., tuple[jax.Array, ...]], block: int, *arrays
 
 
 def _log_probs(hidden: jax.Array, head: jax.Array) -> jax.Array:
-    precision = jax.lax.Precision.HIGHEST if hidden.dtype == head.dtype == jnp.float32 else None
-    logits = jnp.matmul(hidden, head, precision=precision, preferred_element_type=jnp.float32)
-    return jax.nn.log_softmax(logits, axis=-1)
+    return jax.nn.log_softmax(functional.logits(hidden, head), axis=-1)
 
 
 def _to_blocks(x: jax.Array, size: int) -> jax.Array:

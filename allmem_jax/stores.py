@@ -47,12 +47,12 @@ def join(path: AnyPath, name: str) -> AnyPath:
     return f"{_url(path)}/{name}" if is_url(path) else pathlib.Path(path, name)
 
 
-def local(path: AnyPath, suffix: str = "") -> pathlib.Path:
+def local(path: AnyPath, suffixes: tuple[str, ...] = ("",)) -> pathlib.Path:
     """What to read in place of a path: of a URL a whole local copy, as it is there now.
 
     Args:
       path: a file or a folder.
-      suffix: of a folder that is a URL, copy only files whose names end so.
+      suffixes: of a folder at a URL, copy only files whose names end so.
 
     Raises:
       FileNotFoundError: there is nothing at the URL.
@@ -62,9 +62,9 @@ def local(path: AnyPath, suffix: str = "") -> pathlib.Path:
     if not is_url(path):
         return pathlib.Path(path)
     url = _url(path)
-    found = {name: info for name, info in _listing(url).items() if name == "." or name.endswith(suffix)}
+    found = {name: info for name, info in _listing(url).items() if name == "." or name.endswith(suffixes)}
     if not found:
-        raise FileNotFoundError(f"{url}: no such file or folder" + (f" with {suffix} files" if suffix else ""))
+        raise FileNotFoundError(f"{url}: no such file or folder")
     version = hashlib.sha256(json.dumps([url, found], sort_keys=True, default=str).encode()).hexdigest()
     kept = cache() / version[:32]
     if not kept.is_dir():
@@ -101,6 +101,14 @@ def names(path: AnyPath) -> list[str]:
     folder = pathlib.Path(path)
     inside = sorted(file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file())
     return ["."] if folder.is_file() else inside
+
+
+def taken(path: AnyPath) -> bool:
+    """Whether there is a file at a path, or a folder that holds something."""
+    if is_url(path):
+        return bool(_listing(path))
+    place = pathlib.Path(path)
+    return place.exists() and (not place.is_dir() or any(place.iterdir()))
 
 
 def get(url: AnyPath, wanted: Iterable[str], folder: pathlib.Path) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import backends
+from pallas_kernels import backends, dots
 from pallas_kernels.swa import decode_tpu, reference, slots
 
 
@@ -72,16 +72,13 @@ def plain(sink_slots, scale, q, k, v, keys, values, position, window, sinks) -> 
     """The same in plain JAX: scores of the cache and of the token itself share one maximum and one sum."""
     batch, heads, dim = q.shape
     dtype = jnp.promote_types(q.dtype, jnp.float32)
-    dot = functools.partial(
-        jnp.einsum, precision="highest" if jnp.finfo(q.dtype).bits >= 32 else None, preferred_element_type=dtype
-    )
     query = q.reshape(batch, k.shape[1], -1, dim)  # [B, Hkv, G, D]
     seen = slots.in_sight(position[:, None], jnp.arange(keys.shape[1]), sink_slots, keys.shape[1], window, sinks)
-    scores = jnp.where(seen[:, None, None], dot("bhgd,bthd->bhgt", query, keys) * scale, -jnp.inf)
-    own = dot("bhgd,bhd->bhg", query, k)[..., None] * scale
+    scores = jnp.where(seen[:, None, None], dots.einsum("bhgd,bthd->bhgt", query, keys) * scale, -jnp.inf)
+    own = dots.einsum("bhgd,bhd->bhg", query, k)[..., None] * scale
     top = jax.lax.stop_gradient(jnp.maximum(scores.max(-1, keepdims=True), own))
     weights, own = jnp.exp(scores - top), jnp.exp(own - top)
-    out = dot("bhgt,bthd->bhgd", weights.astype(v.dtype), values) + own * v.astype(dtype)[:, :, None]
+    out = dots.einsum("bhgt,bthd->bhgd", weights.astype(v.dtype), values) + own * v.astype(dtype)[:, :, None]
     return (out / (weights.sum(-1, keepdims=True) + own)).reshape(q.shape).astype(q.dtype)
 
 

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels import dots
 from pallas_kernels.swa import documents
 
 MASKED = -1e30
@@ -74,7 +75,7 @@ def forward(blocks, scale, q, k, v, window, sinks, segment_ids):
             new_top = jnp.maximum(top, scores.max(-1))
             weights = jnp.exp(scores - new_top[..., None])
             decay = jnp.exp(top - new_top)
-            out = out * decay[..., None] + _dot("bhrk,bhkd->bhrd", weights.astype(value.dtype), value)
+            out = out * decay[..., None] + dots.einsum("bhrk,bhkd->bhrd", weights.astype(value.dtype), value)
             return out, new_top, total * decay + weights.sum(-1)
 
         zeros = jnp.zeros(query.shape[:-1], _accumulator(q.dtype))
@@ -121,11 +122,11 @@ def backward(blocks, scale, residuals, d_out):
             d_query, d_keys, d_values = carry
             key, value = _slice(keys, at, size), _slice(values, at, size)
             weights = jnp.exp(_scores(query, key, mask, scale) - lse[..., None])
-            d_weights = _dot("bhrd,bhkd->bhrk", d_out, value)
+            d_weights = dots.einsum("bhrd,bhkd->bhrk", d_out, value)
             d_scores = (weights * (d_weights - delta[..., None]) * scale).astype(q.dtype)
-            d_query += _dot("bhrk,bhkd->bhrd", d_scores, key)
-            d_keys = _add(d_keys, at, _dot("bhrk,bhrd->bhkd", d_scores, query))
-            d_values = _add(d_values, at, _dot("bhrk,bhrd->bhkd", weights.astype(q.dtype), d_out))
+            d_query += dots.einsum("bhrk,bhkd->bhrd", d_scores, key)
+            d_keys = _add(d_keys, at, dots.einsum("bhrk,bhrd->bhkd", d_scores, query))
+            d_values = _add(d_values, at, dots.einsum("bhrk,bhrd->bhkd", weights.astype(q.dtype), d_out))
             return d_query, d_keys, d_values
 
         def window_step(m, carry):
@@ -182,7 +183,7 @@ def _sink_keys(blocks, tile, sinks, length, m):
 
 def _scores(query, key, mask, scale) -> jax.Array:
     """Returns scaled scores [B, H, R, K], MASKED where mask [B, Q, K] is false."""
-    scores = _dot("bhrd,bhkd->bhrk", query, key) * scale
+    scores = dots.einsum("bhrd,bhkd->bhrk", query, key) * scale
     batch, heads, _, size = scores.shape
     grouped = scores.reshape(batch, heads, -1, *mask.shape[1:])
     return jnp.where(mask[:, None, None], grouped, MASKED).reshape(batch, heads, -1, size)
@@ -235,10 +236,3 @@ def _from_blocks(x, shape):
 
 def _accumulator(dtype):
     return jnp.promote_types(dtype, jnp.float32)
-
-
-def _dot(spec, x, y) -> jax.Array:
-    """Einsum that accumulates in float32 (float64 for float64), exact for float32 inputs."""
-    exact = jnp.finfo(x.dtype).bits >= 32
-    precision = jax.lax.Precision.HIGHEST if exact else None
-    return jnp.einsum(spec, x, y, precision=precision, preferred_element_type=_accumulator(x.dtype))

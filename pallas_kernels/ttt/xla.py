@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels import dots
 from pallas_kernels.ttt.types import FastWeights, MemoryState
 
 EPSILON = 1e-12  # added to squared row norms
@@ -198,24 +199,24 @@ def _piece(kernels, floats, init, tokens, read, write) -> tuple[jax.Array, Float
 
 def _read(w: FastWeights, q: jax.Array) -> jax.Array:
     """Returns f(W, q) [B, N, T, D] in the accumulation dtype."""
-    gate, up = _dot("bntd,bnhd->bnth", q, w.gate), _dot("bntd,bnhd->bnth", q, w.up)
+    gate, up = dots.einsum("bntd,bnhd->bnth", q, w.gate), dots.einsum("bntd,bnhd->bnth", q, w.up)
     hidden = (jax.nn.silu(gate) * up).astype(q.dtype)
-    return _dot("bnth,bndh->bntd", hidden, w.down) + q
+    return dots.einsum("bnth,bndh->bntd", hidden, w.down) + q
 
 
 def _gradient(w: FastWeights, k: jax.Array, v: jax.Array, lr: jax.Array) -> FastWeights:
     """Returns the gradient of sum_t -lr_t <f(W, k_t), v_t>, with a learning rate for each of the three weights."""
-    gate, up = _dot("bntd,bnhd->bnth", k, w.gate), _dot("bntd,bnhd->bnth", k, w.up)
+    gate, up = dots.einsum("bntd,bnhd->bnth", k, w.gate), dots.einsum("bntd,bnhd->bnth", k, w.up)
     sigmoid = jax.nn.sigmoid(gate)
     silu = gate * sigmoid
-    d_hidden = -_dot("bntd,bndh->bnth", v, w.down)
+    d_hidden = -dots.einsum("bntd,bndh->bnth", v, w.down)
     d_gate = lr[..., 0:1] * d_hidden * up * (sigmoid + silu * (1 - sigmoid))
     d_up = lr[..., 1:2] * d_hidden * silu
     hidden = -lr[..., 2:3] * silu * up
     return FastWeights(
-        _dot("bnth,bntd->bnhd", d_gate.astype(k.dtype), k),
-        _dot("bnth,bntd->bnhd", d_up.astype(k.dtype), k),
-        _dot("bntd,bnth->bndh", v, hidden.astype(v.dtype)),
+        dots.einsum("bnth,bntd->bnhd", d_gate.astype(k.dtype), k),
+        dots.einsum("bnth,bntd->bnhd", d_up.astype(k.dtype), k),
+        dots.einsum("bntd,bnth->bndh", v, hidden.astype(v.dtype)),
     )
 
 
@@ -247,18 +248,6 @@ def _fresh(floats: Floats, init: FastWeights) -> Floats:
 def _select(rows: jax.Array, a: Floats, b: Floats) -> Floats:
     """Returns a where `rows` [B] is true, else b."""
     return jax.tree.map(lambda x, y: jnp.where(rows.reshape(-1, *[1] * (x.ndim - 1)), x, y), a, b)
-
-
-def _dot(spec: str, x: jax.Array, w: jax.Array) -> jax.Array:
-    """Einsum with inputs in x's dtype, accumulated in float32 (float64 for float64)."""
-    exact = jnp.finfo(x.dtype).bits >= 32
-    return jnp.einsum(
-        spec,
-        x,
-        w.astype(x.dtype),
-        precision=jax.lax.Precision.HIGHEST if exact else None,
-        preferred_element_type=jnp.promote_types(x.dtype, jnp.float32),
-    )
 
 
 def _split(tokens, valid, reset, size):

@@ -1,0 +1,72 @@
+"""Matrix products that take operands in the compute dtype and accumulate in float32, forward and backward.
+
+JAX's own transpose of such a product multiplies the cotangent, which arrives in float32, by an operand that it widens
+to float32: two float32 products, for which TPUs and GPUs need several passes or slower units.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+
+def einsum(spec: str, x: jax.Array, y: jax.Array) -> jax.Array:
+    """`jnp.einsum` of two operands in x's dtype, accumulated in float32 (float64 for float64).
+
+    In the backward pass the cotangent is rounded to x's dtype, and both products accumulate in float32 again. Gradients
+    have the dtypes of x and y: that of a wider y, such as a float32 parameter, is what was accumulated. Products of
+    float32 operands are exact, as are their gradients. Differentiable in reverse mode where x is narrower than float32.
+
+    Args:
+      spec: "ab,bc->ac", without an ellipsis; every index of an operand is one of the other operand or of the result.
+      x: any floating dtype.
+      y: cast to x's dtype.
+    """
+    if jnp.finfo(x.dtype).bits >= 32:
+        return _product(spec, x, y.astype(x.dtype))
+    return _narrow(spec, y.dtype, x, y)
+
+
+def matmul(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """`einsum` of x [..., in] and a kernel [in, out], [..., out]."""
+    rows = "abcdefgh"[: x.ndim - 1]
+    return einsum(f"{rows}i,io->{rows}o", x, kernel)
+
+
+def _product(spec: str, x: jax.Array, y: jax.Array) -> jax.Array:
+    exact = jnp.finfo(x.dtype).bits >= 32
+    return jnp.einsum(
+        spec,
+        x,
+        y,
+        precision=jax.lax.Precision.HIGHEST if exact else None,
+        preferred_element_type=jnp.promote_types(x.dtype, jnp.float32),
+    )
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _narrow(spec: str, y_dtype: Any, x: jax.Array, y: jax.Array) -> jax.Array:
+    return _product(spec, x, y.astype(x.dtype))
+
+
+def _forward(spec: str, y_dtype: Any, x: Any, y: Any) -> tuple[jax.Array, Any]:
+    """Keeps of each operand what the other's gradient needs, and nothing where the other is a constant."""
+    narrow = y.value.astype(x.value.dtype)
+    kept = (x.value if y.perturbed else None, narrow if x.perturbed else None)
+    return _product(spec, x.value, narrow), kept
+
+
+def _backward(spec: str, y_dtype: Any, kept: Any, cotangent: jax.Array) -> tuple[jax.Array | None, jax.Array | None]:
+    x, y = kept
+    operands, result = spec.split("->")
+    of_x, of_y = operands.split(",")
+    d_x = d_y = None
+    if y is not None:
+        d_x = _product(f"{result},{of_y}->{of_x}", cotangent.astype(y.dtype), y).astype(y.dtype)
+    if x is not None:
+        d_y = _product(f"{of_x},{result}->{of_y}", x, cotangent.astype(x.dtype)).astype(y_dtype)
+    return d_x, d_y
+
+
+_narrow.defvjp(_forward, _backward, symbolic_zeros=True)
