@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import pathlib
+import platform
 import re
 import shutil
 import tempfile
@@ -38,7 +39,9 @@ def is_url(path: AnyPath) -> bool:
     scheme, second = found.groups()
     if not second and scheme in fsspec.available_protocols():
         rest = os.fspath(path)[found.end() :]
-        raise ValueError(f"{path} has one slash where a URL has two: give {scheme}://{rest}, as text and not as a Path")
+        raise ValueError(
+            f"{path} has one slash where a URL has two: give {scheme}://{rest} (as text: a Path drops one)"
+        )
     return bool(second)
 
 
@@ -182,9 +185,13 @@ def spooled(path: AnyPath, take: Iterable[str] = ()) -> Iterator[tuple[pathlib.P
 
 @contextlib.contextmanager
 def scratch(name: str) -> Iterator[pathlib.Path]:
-    """Where a file or folder of this name may be made; its parent is removed at the end."""
+    """Where a file or folder of this name may be made; its parent is removed at the end, or where killed, next time."""
     cache().mkdir(parents=True, exist_ok=True)
-    parent = tempfile.mkdtemp(prefix=".part-", dir=cache())
+    host = platform.node()
+    for left in cache().glob(f".part-{host}-*"):
+        if not _alive(int(left.name.split("-")[-2])):
+            shutil.rmtree(left, ignore_errors=True)
+    parent = tempfile.mkdtemp(prefix=f".part-{host}-{os.getpid()}-", dir=cache())
     try:
         yield pathlib.Path(parent, name)
     finally:
@@ -255,6 +262,16 @@ def _at(root: str, name: str) -> str:
     return root if name == "." else f"{root}/{name}"
 
 
+def _alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # somebody else's
+        pass
+    return True
+
+
 def _stamps(folder: pathlib.Path) -> dict[str, tuple[int, int]]:
     """Size and time of each file in a folder."""
     stats = {name: (folder / name).stat() for name in names(folder)}
@@ -278,8 +295,8 @@ def _open(url: AnyPath) -> tuple[Any, str]:
             return fsspec.url_to_fs(url, **options)
     except ImportError as error:
         package = _PACKAGES.get(scheme)
-        fix = f"the package {package}: pip install {package}, or allmem-jax[stores]" if package else str(error)
-        raise ValueError(f"{url}: {scheme}:// needs {fix}") from None
+        fix = f"pip install {package}, or allmem-jax[stores]" if package else str(error)
+        raise ValueError(f"{url}: the package for {scheme}:// is missing: {fix}") from None
 
 
 @contextlib.contextmanager
@@ -290,8 +307,10 @@ def _naming(url: AnyPath, done: str) -> Iterator[None]:
     except ImportError:
         raise
     except Exception as error:  # each kind of store raises its own
-        kind = FileNotFoundError if isinstance(error, FileNotFoundError) else OSError
-        raise kind(f"{url} cannot be {done}: {' '.join(str(error).split()) or type(error).__name__:.300}") from error
+        reason = " ".join(str(error).split()) or type(error).__name__
+        if isinstance(error, FileNotFoundError):
+            raise FileNotFoundError(f"{url} cannot be {done}: not found: {reason:.300}") from error
+        raise OSError(f"{url} cannot be {done}: {reason:.300}") from error
 
 
 def _bar(url: AnyPath) -> fsspec.callbacks.Callback:

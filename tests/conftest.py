@@ -11,6 +11,7 @@ os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports triton
 if os.environ["JAX_PLATFORMS"] == "cpu":
     os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 
+import fsspec
 import jax
 import pytest
 from jax._src.pallas.mosaic.interpret import interpret_pallas_call
@@ -62,3 +63,11 @@ def error_of(capsys):
         return line
 
     return call
+
+
+@pytest.fixture
+def store(tmp_path, monkeypatch):
+    """A URL below which there is nothing, in a store that is this process's memory."""
+    monkeypatch.setenv("ALLMEM_CACHE", str(tmp_path / "kept"))
+    fsspec.filesystem("memory").store.clear()
+    return "memory://bucket/place"

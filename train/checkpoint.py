@@ -8,10 +8,10 @@ Orbax writes to local folders and to gs:// by itself. To other stores, such as s
 complete, by the one process that there may then be.
 """
 
+import contextlib
 import hashlib
 import json
 import os
-import tempfile
 from concurrent import futures
 from pathlib import Path
 from typing import Any
@@ -49,11 +49,10 @@ class Checkpoints:
         self._saving: Any = None
         self._copies = os.fspath(directory) if stores.is_url(directory) and not shared(directory) else ""
         self._copying = futures.ThreadPoolExecutor(1)
+        self._opened = contextlib.ExitStack()
         if self._copies:
-            stores.cache().mkdir(parents=True, exist_ok=True)
-            self._spool = tempfile.TemporaryDirectory(prefix=".part-", dir=stores.cache())
-            _fetch(self._copies, Path(self._spool.name))
-            directory = self._spool.name
+            directory = self._spool = self._opened.enter_context(stores.scratch("checkpoints"))
+            _fetch(self._copies, self._spool)
         self._manager = ocp.training.Checkpointer(
             os.fspath(directory) if stores.is_url(directory) else Path(directory).absolute(),
             save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
@@ -70,8 +69,7 @@ class Checkpoints:
         finally:
             self._manager.close()
             self._copying.shutdown()
-            if self._copies:
-                self._spool.cleanup()
+            self._opened.close()
 
     @property
     def steps(self) -> list[int]:
@@ -103,7 +101,7 @@ class Checkpoints:
     def _copy(self, saving: Any, step: int) -> None:
         """Copies a step to the URL when it is complete, and removes there what is kept no longer."""
         saving.result()
-        stores.replace(Path(self._spool.name, str(step)), f"{self._copies}/{step}", last=_LAST)
+        stores.replace(self._spool / str(step), f"{self._copies}/{step}", last=_LAST)
         kept = {str(step) for step in self.steps}
         old = [name for name in stores.names(self._copies) if name.partition("/")[0] not in kept]
         stores.remove(self._copies, sorted(old, key=lambda name: not name.endswith(f"/{_LAST}")))

@@ -85,7 +85,7 @@ class Command(distributed.Processes, Settings):
     prompts: str = ""
     """A .jsonl, .parquet or .arrayrecord file of {"prompt": TEXT} or {"messages": [...]} that ends with the user."""
     out: str = ""
-    """The .jsonl file of answers. The same command resumes what is there; its settings lie in OUT.settings.json."""
+    """The .jsonl file of answers, or its URL. The same command resumes what is there; its settings lie in OUT.settings.json."""
     seed: int = 0
     """Of the draws."""
     window: int | None = None
