@@ -19,6 +19,7 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
 if os.environ["JAX_PLATFORMS"] == "cpu":
     os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 
+import fsspec
 import jax
 import pytest
 from jax._src.pallas.mosaic.interpret import interpret_pallas_call
@@ -70,3 +71,11 @@ def error_of(capsys):
         return line
 
     return call
+
+
+@pytest.fixture
+def store(tmp_path, monkeypatch):
+    """A URL below which there is nothing, in a store that is this process's memory."""
+    monkeypatch.setenv("ALLMEM_CACHE", str(tmp_path / "kept"))
+    fsspec.filesystem("memory").store.clear()
+    return "memory://bucket/place"

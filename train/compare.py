@@ -17,7 +17,7 @@ import tqdm
 import tyro
 
 from allmem_jax import config as config_lib
-from allmem_jax import convert, evals, model
+from allmem_jax import convert, evals, model, stores
 from train import errors, fetch
 
 
@@ -100,6 +100,7 @@ def main() -> None:
     """The command."""
     with errors.one_line(fetch.FetchError):
         config = tyro.cli(CompareConfig, prog="python -m train.compare")
+        stores.local_only(config.out or "", "out")
         if not config.texts:
             raise ValueError("give at least one text file")
         results = run(config)

@@ -19,7 +19,7 @@ import tqdm
 import tyro
 
 from allmem_jax import config as config_lib
-from allmem_jax import convert, cost, evals, evaluation_report, model, report, sections, text
+from allmem_jax import convert, cost, evals, evaluation_report, model, report, sections, stores, text
 from train import books, errors, fetch, finetune, metrics, stages
 from train.recipe import MEMORY, FinetuneConfig
 
@@ -51,6 +51,7 @@ class DemoConfig:
 def run(demo: DemoConfig) -> pathlib.Path:
     """The chain. Returns the path of the report's page."""
     began = time.monotonic()
+    stores.local_only(demo.out, "out")
     recipe = finetune.read_recipe(demo.recipe)
     recipe = dataclasses.replace(
         recipe, model=str(fetch.fetch("smollm2")), texts=(str(write_texts(demo.out / "texts")),)
@@ -157,8 +158,8 @@ def evaluate(demo: DemoConfig, loaded: finetune.Pretrained, variants: list[evals
 def distil(recipe: FinetuneConfig, load: Callable[[], finetune.Pretrained]) -> dict[str, Any]:
     """One training run, resumed where it was stopped; returns its last line of metrics."""
     loaded = load()
-    out = finetune.run(recipe, loaded._replace(config=loaded.config.replace(write=recipe.write)))
-    return metrics.read_metrics(out / "metrics.jsonl")[-1]
+    finetune.run(recipe, loaded._replace(config=loaded.config.replace(write=recipe.write)))
+    return metrics.read_metrics(pathlib.Path(recipe.out, "metrics.jsonl"))[-1]
 
 
 def write_samples(demo: DemoConfig, loaded: finetune.Pretrained, memory: FinetuneConfig) -> list[tuple[str, str]]:

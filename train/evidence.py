@@ -21,7 +21,7 @@ import numpy as np
 import tyro
 
 from allmem_jax import config as config_lib
-from allmem_jax import evals, model, report, sections, tasks
+from allmem_jax import evals, model, report, sections, stores, tasks
 from train import books, checkpoint, data, demo, errors, fetch, finetune, needle, stages
 from train.recipe import FinetuneConfig
 
@@ -92,6 +92,7 @@ class Mixed:
 
 def run(config: EvidenceConfig) -> sections.Section:
     """Trains, judges and tells. Returns the section, which is also in OUT/section.json."""
+    stores.local_only(config.out, "out")
     recipe = finetune.read_recipe(config.recipe)
     if not recipe.texts:
         texts = demo.write_texts(config.out / "texts")
