@@ -18,6 +18,7 @@ import tyro
 
 from allmem_jax import config as config_lib
 from allmem_jax import convert, evals, model, stores
+from allmem_jax import tokenizer as tokenizer_lib
 from train import errors, fetch
 
 
@@ -80,7 +81,7 @@ def run(config: CompareConfig) -> dict[str, dict[str, tuple[float, float]]]:
     results = {}
     for path in config.texts:
         ids = tokenizer.encode(path.read_text(encoding="utf-8"), add_special_tokens=False, verbose=False)
-        tokens = evals.cut(ids, config.length, config.sequences, tokenizer.encode(""))
+        tokens = evals.cut(ids, config.length, config.sequences, tokenizer_lib.prefix_tokens(tokenizer))
         values = divergence(model_config, backbone, tokens, pairs)
         results[path.name] = {f"{w}/{s}": value for (w, s), value in zip(pairs, values, strict=True)}
     return results

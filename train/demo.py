@@ -20,6 +20,7 @@ import tyro
 
 from allmem_jax import config as config_lib
 from allmem_jax import convert, cost, evals, evaluation_report, model, report, sections, stores, text
+from allmem_jax import tokenizer as tokenizer_lib
 from train import books, errors, fetch, finetune, metrics, stages
 from train.recipe import MEMORY, FinetuneConfig
 
@@ -145,7 +146,7 @@ def trained(loaded: finetune.Pretrained, memory: FinetuneConfig, control: Finetu
 
 def evaluate(demo: DemoConfig, loaded: finetune.Pretrained, variants: list[evals.Variant]) -> dict[str, Any]:
     """`evals.evaluate` on the held-out books."""
-    prefix = loaded.tokenizer.encode("")
+    prefix = tokenizer_lib.prefix_tokens(loaded.tokenizer)
     tokens = {}
     for book in books.heldout_books():
         ids = loaded.tokenizer.encode(book.text, add_special_tokens=False, verbose=False)

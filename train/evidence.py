@@ -22,6 +22,7 @@ import tyro
 
 from allmem_jax import config as config_lib
 from allmem_jax import evals, model, report, sections, stores, tasks
+from allmem_jax import tokenizer as tokenizer_lib
 from train import books, checkpoint, data, demo, errors, fetch, finetune, needle, stages
 from train.recipe import FinetuneConfig
 
@@ -183,7 +184,7 @@ def distance(
     tokenizer, tokens = pretrained.tokenizer, {}
     for book in books.heldout_books():
         ids = tokenizer.encode(book.text, add_special_tokens=False, verbose=False)
-        tokens[book.title] = evals.cut(ids, config.length, config.sequences, tokenizer.encode(""))
+        tokens[book.title] = evals.cut(ids, config.length, config.sequences, tokenizer_lib.prefix_tokens(tokenizer))
     return evals.evaluate(pretrained.config, pretrained.backbone, tokens, [windowed(pretrained), *variants])
 
 
