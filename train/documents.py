@@ -188,8 +188,8 @@ def load_documents(
     Raises:
       ValueError: a file or a record that cannot be used, or a cache folder that cannot be written.
     """
-    folder = stores.local_only(cache, "cache")
     found = records.find(paths)
+    folder = stores.local_only(cache, "cache")
     ends = edges(tokenizer, end_of_text)
     shards = []
     for file, digest in digests(found, tokenizer, ends):

@@ -85,7 +85,8 @@ class Command(distributed.Processes, Settings):
     prompts: str = ""
     """A .jsonl, .parquet or .arrayrecord file of {"prompt": TEXT} or {"messages": [...]} that ends with the user."""
     out: str = ""
-    """The .jsonl file of answers, or its URL. The same command resumes what is there; its settings lie in OUT.settings.json."""
+    """The .jsonl file of answers, or its URL. The same command resumes what is there; its settings lie in
+    OUT.settings.json."""
     seed: int = 0
     """Of the draws."""
     window: int | None = None
@@ -130,7 +131,8 @@ def load(command: Command) -> Student:
     if command.memory:
         file = stores.join(command.memory, convert.ALLMEM_CONFIG)
         if not stores.names(file):
-            raise ValueError(f"{file} is missing: give memory the output folder of a finished run")
+            name = convert.ALLMEM_CONFIG
+            raise ValueError(f"memory={command.memory!r} has no {name}: give the output folder of a finished run")
         saved = config_lib.ModelConfig.from_json(stores.read(file).decode())
         if differing := families.differing_fields(saved, config):
             raise ValueError(f"{file} is of another model than {command.model}: {', '.join(differing)}")
