@@ -7,6 +7,9 @@ differ in field values only. It is frozen and hashable, so it can be a static ar
 import dataclasses
 import difflib
 import json
+import math
+import types
+import typing
 import warnings
 from typing import Any
 
@@ -40,8 +43,15 @@ class RopeScaling:
     def __post_init__(self):
         if self.kind not in ("linear", "llama3", "yarn"):
             raise ValueError(f"rope scaling kind {self.kind!r} is not supported; use 'linear', 'llama3' or 'yarn'")
-        if not self.factor > 0:
-            raise ValueError(f"rope scaling factor={self.factor} must be positive")
+        for name in ("factor", "original_length", "low_freq_factor", "beta_fast", "beta_slow", "attention_factor"):
+            value = getattr(self, name)
+            if not 0 < (1 if value is None else value) < math.inf:
+                raise ValueError(f"rope scaling {name}={value} must be positive")
+        if not self.low_freq_factor < self.high_freq_factor < math.inf:
+            raise ValueError(
+                f"rope scaling high_freq_factor={self.high_freq_factor} must be above low_freq_factor="
+                f"{self.low_freq_factor}"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,6 +96,10 @@ class ModelConfig:
       dtype: "float32" or "bfloat16", of activations and matmul inputs; fast weights are always float32.
       remat: what a layer keeps for its backward pass: "layer" its input alone, "dots" also the results of its
         projections, "none" everything.
+
+    Text:
+      eos_tokens: ids that end a text or a turn, sorted; `load_pretrained` collects them. They change no arithmetic: a
+        saved state belongs to the model whatever they are.
     """
 
     vocab_size: int
@@ -132,6 +146,8 @@ class ModelConfig:
     dtype: str = "float32"
     remat: str = "layer"
 
+    eos_tokens: tuple[int, ...] = ()
+
     def __post_init__(self):
         for name in ("vocab_size", "d_model", "n_layers", "n_heads", "n_kv_heads", "head_dim", "d_ff", "window",
                      "chunk", "d_mem", "mem_expansion", "conv_kernel"):  # fmt: skip
@@ -151,6 +167,9 @@ class ModelConfig:
             raise ValueError(f"local_layers needs local_window, the pretrained window; got {self.local_window}")
         if not 0 < self.momentum_init < 1 or not self.lr_init > 0:
             raise ValueError(f"momentum_init={self.momentum_init} must be in (0, 1), lr_init={self.lr_init} positive")
+        for token in self.eos_tokens:
+            if type(token) is not int or not 0 <= token < self.vocab_size:
+                raise ValueError(f"eos_tokens={self.eos_tokens} must be ids below vocab_size={self.vocab_size}")
         _one_of("mixer", self.mixer, MIXERS)
         _one_of("family", self.family, FAMILIES)
         _one_of("activation", self.activation, ("silu", "gelu_tanh"))
@@ -247,19 +266,43 @@ class ModelConfig:
         """The inverse of `to_json`; ValueError on text that is not one config."""
         try:
             fields = json.loads(text)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"not a model config: {error}") from None
-        known = {field.name for field in dataclasses.fields(cls)}
-        if not isinstance(fields, dict) or not set(fields) <= known:
-            extra = sorted(set(fields) - known) if isinstance(fields, dict) else type(fields).__name__
-            raise ValueError(f"not a model config: unknown fields {extra}")
-        fields = {**fields, "local_layers": tuple(fields.get("local_layers", ()))}
-        if fields.get("rope_scaling"):
-            fields["rope_scaling"] = RopeScaling(**fields["rope_scaling"])
-        try:
-            return cls(**fields)
-        except TypeError as error:
-            raise ValueError(f"not a model config: {error}") from None
+        if isinstance(fields, dict) and fields.get("rope_scaling") is not None:
+            fields["rope_scaling"] = _from_fields(RopeScaling, fields["rope_scaling"])
+        return _from_fields(cls, fields)
+
+
+def _from_fields(cls: Any, fields: Any) -> Any:
+    """An instance from what JSON holds of it; ValueError that names a field which is unknown, missing or mistyped."""
+    if not isinstance(fields, dict):
+        raise ValueError(f"not a model config: {type(fields).__name__} in place of an object")
+    hints = typing.get_type_hints(cls)
+    if unknown := sorted(set(fields) - set(hints)):
+        raise ValueError(f"not a model config: unknown fields {unknown}; a newer version may have written it")
+    required = [field.name for field in dataclasses.fields(cls) if field.default is dataclasses.MISSING]
+    if missing := [name for name in required if name not in fields]:
+        raise ValueError(f"not a model config: it lacks {', '.join(missing)}")
+    fields = {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
+    for name, value in fields.items():
+        if not _fits(value, hints[name]):
+            raise ValueError(f"not a model config: {name}={value!r:.80} is of another type or out of range")
+    return cls(**fields)
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a value of JSON is of an annotated type; whole numbers pass as floats, flags as no number."""
+    if isinstance(hint, types.UnionType):
+        return any(_fits(value, each) for each in typing.get_args(hint))
+    if typing.get_origin(hint) is tuple:
+        return isinstance(value, tuple) and all(_fits(each, typing.get_args(hint)[0]) for each in value)
+    if hint in (int, float):
+        numbers = (int,) if hint is int else (int, float)
+        return type(value) in numbers and abs(value) <= _MOST and value == value
+    return isinstance(value, hint)
+
+
+_MOST = 2**62  # sizes beyond are damage, and would overflow
 
 
 def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:

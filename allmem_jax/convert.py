@@ -11,6 +11,7 @@ import os
 import pathlib
 import shutil
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -24,11 +25,12 @@ import safetensors.numpy
 import transformers
 
 from allmem_jax import config as config_lib
-from allmem_jax import families, gguf_reader, model
+from allmem_jax import ends, families, gguf_reader, model
 from allmem_jax import tokenizer as tokenizer_lib
 
 ALLMEM_CONFIG = "allmem_config.json"
 ALLMEM_WEIGHTS = "allmem.safetensors"
+_GENERATION = "generation_config.json"
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 
@@ -50,11 +52,13 @@ def load_pretrained(
       path: a Hugging Face folder with safetensors weights, or a GGUF file.
       dtype: "float32" or "bfloat16", of the backbone's parameters and of the config's arithmetic. The memory's
         parameters are always float32.
-      **overrides: fields of `ModelConfig`, e.g. `window=128`.
+      **overrides: fields of `ModelConfig`, e.g. `window=128`. Without a `mixer` the model comes as it runs: with the
+        mixer of its memory where the folder has one, else "full", or "swa" where it was saved so. A mixer whose
+        memory is missing gets an untrained one, with a warning.
 
     Returns:
       The config, the parameters and the tokenizer (None where there is none). The parameters are nested dicts of
-      jax arrays; they hold `layers/memory` only when the folder was written by `save_pretrained` with a memory.
+      jax arrays; they hold `layers/memory` when the folder has a memory, or when `mixer` asks for one.
 
     Raises:
       FileNotFoundError: no such file or folder, or one without weights.
@@ -64,13 +68,41 @@ def load_pretrained(
     path = pathlib.Path(path).expanduser()
     _np_dtype(dtype)
     overrides["dtype"] = dtype
+    if overrides.get("mixer") is None:
+        overrides.pop("mixer", None)
     if path.is_dir():
         config, params = _load_folder(path, overrides)
     elif path.is_file():
         config, params = _load_gguf(path, overrides)
     else:
         raise FileNotFoundError(f"{path}: no such file or folder; give a local Hugging Face folder or a .gguf file")
-    return config, params, tokenizer_lib.load_tokenizer(path)
+    if config.mixer in config_lib.MEMORY_MIXERS and "memory" not in params["layers"]:
+        warnings.warn(f"{path} has no memory: an untrained one is added, which changes nothing yet", stacklevel=2)
+        params = model.merge_params(params, model.init_memory(config))
+    tokenizer = tokenizer_lib.load_tokenizer(path)
+    if "eos_tokens" not in overrides and tokenizer is not None:
+        stated = {"the config": config.eos_tokens, f"the tokenizer of {path}": ends.of_tokenizer(tokenizer)}
+        config = config.replace(eos_tokens=ends.gather(stated, config.vocab_size))
+    return config, params, tokenizer
+
+
+def read_config(path: str | os.PathLike[str]) -> config_lib.ModelConfig:
+    """The config of a Hugging Face folder, a GGUF file or a preset, as `load_pretrained` gives it; reads no weights.
+
+    It has no `eos_tokens` that only the tokenizer knows.
+
+    Raises:
+      FileNotFoundError: no such file or folder, or one without a config.json.
+      ValueError: an unknown preset, or a model that is damaged or not supported.
+    """
+    name, path = os.fspath(path), pathlib.Path(path).expanduser()
+    if path.is_dir():
+        return _folder_config(path)
+    if path.is_file():
+        return _gguf_config(_open_gguf(path))
+    if "/" in name or name.endswith(".gguf"):
+        raise FileNotFoundError(f"{name}: no such file or folder")
+    return config_lib.preset(name)
 
 
 def _np_dtype(name: str) -> np.dtype:
@@ -79,22 +111,33 @@ def _np_dtype(name: str) -> np.dtype:
     return _DTYPES[name]
 
 
-def _load_gguf(path: pathlib.Path, overrides: dict[str, Any]) -> tuple[config_lib.ModelConfig, dict[str, Any]]:
+def _open_gguf(path: pathlib.Path) -> gguf_reader.GGUFFile:
     _refuse_pointer(path)
     if path.suffix == ".safetensors":
         raise ValueError(f"{path} holds weights alone; give the folder that has its config.json too")
     file = gguf_reader.open_gguf(path)
     if file.metadata.get("split.count", 1) != 1:
         raise ValueError(f"{path} is one of {file.metadata['split.count']} parts; merge them with llama-gguf-split")
+    return file
+
+
+def _gguf_config(file: gguf_reader.GGUFFile) -> config_lib.ModelConfig:
     shapes = {name: tensor.shape for name, tensor in file.tensors.items()}
-    factors = file.read("rope_freqs.weight") if "rope_freqs.weight" in shapes else None
-    with _naming(path):
-        config = families.config_from_gguf(file.metadata, shapes, factors).replace(**overrides)
-    stored = [Stored(name, shape, functools.partial(file.read, name)) for name, shape in shapes.items()]
+    with _naming(file.path):
+        factors = file.read("rope_freqs.weight") if "rope_freqs.weight" in shapes else None
+        config = families.config_from_gguf(file.metadata, shapes, factors)
+        return config.replace(mixer="full", eos_tokens=ends.gather(ends.of_gguf(file.metadata), config.vocab_size))
+
+
+def _load_gguf(path: pathlib.Path, overrides: dict[str, Any]) -> tuple[config_lib.ModelConfig, dict[str, Any]]:
+    file = _open_gguf(path)
+    config = _gguf_config(file).replace(**overrides)
+    stored = [Stored(name, tensor.shape, functools.partial(file.read, name)) for name, tensor in file.tensors.items()]
     return config, _build(path, config, stored, families.GGUF_RULES[config.family])
 
 
-def _load_folder(path: pathlib.Path, overrides: dict[str, Any]) -> tuple[config_lib.ModelConfig, dict[str, Any]]:
+def _folder_config(path: pathlib.Path) -> config_lib.ModelConfig:
+    """What a folder holds, with the mixer that it runs with."""
     if not (path / "config.json").is_file():
         found = sorted(path.glob("*.gguf"))
         hint = f"give the file itself: {found[0]}" if found else "give a Hugging Face folder or a .gguf file"
@@ -103,26 +146,40 @@ def _load_folder(path: pathlib.Path, overrides: dict[str, Any]) -> tuple[config_
         if file.is_file():
             _refuse_pointer(file)
     with _naming(path / "config.json"):
-        config = families.config_from_hf(_read_json(path / "config.json"))
+        raw = _read_json(path / "config.json")
+        config = families.config_from_hf(raw)
+    stated = {}
+    if (path / _GENERATION).is_file():
+        with _naming(path / _GENERATION):
+            stated = _read_json(path / _GENERATION)
+    eos_tokens = ends.gather(ends.of_hf(raw, stated), config.vocab_size)
     if (path / ALLMEM_CONFIG).is_file():
         with _naming(path / ALLMEM_CONFIG):
-            saved = config_lib.ModelConfig.from_json((path / ALLMEM_CONFIG).read_text())
+            saved = config_lib.ModelConfig.from_json(_read_text(path / ALLMEM_CONFIG))
         if differing := families.differing_fields(saved, config):
             raise ValueError(f"{path / ALLMEM_CONFIG} is of another model than config.json: {', '.join(differing)}")
-        config = saved
-    memory_mixer = config.memory_mixer
-    config = config.replace(**overrides)
-    if config.mixer in config_lib.MEMORY_MIXERS and config.mixer != memory_mixer and (path / ALLMEM_WEIGHTS).is_file():
+        config, eos_tokens = saved, tuple(sorted({*saved.eos_tokens, *eos_tokens}))
+    config = config.replace(eos_tokens=eos_tokens)
+    if (path / ALLMEM_WEIGHTS).is_file():
+        return config.replace(mixer=config.memory_mixer)
+    return config.replace(mixer="full") if config.mixer in config_lib.MEMORY_MIXERS else config
+
+
+def _load_folder(path: pathlib.Path, overrides: dict[str, Any]) -> tuple[config_lib.ModelConfig, dict[str, Any]]:
+    found = _folder_config(path)
+    config = found.replace(**overrides)
+    remembers = (path / ALLMEM_WEIGHTS).is_file()
+    if remembers and config.mixer in config_lib.MEMORY_MIXERS and config.mixer != found.mixer:
         raise ValueError(
-            f"{path / ALLMEM_WEIGHTS} is a memory for mixer={memory_mixer!r}, not for mixer={config.mixer!r}: leave "
+            f"{path / ALLMEM_WEIGHTS} is a memory for mixer={found.mixer!r}, not for mixer={config.mixer!r}: leave "
             "mixer as it is, or start from a model without a memory"
         )
     with contextlib.ExitStack() as files:
         stored = [tensor for file in _weight_files(path) for tensor in _open_safetensors(file, files)]
         params = _build(path, config, stored, families.HF_RULES[config.family])
-        if (path / ALLMEM_WEIGHTS).is_file():
+        if remembers:
             memory = _open_safetensors(path / ALLMEM_WEIGHTS, files)
-            like = config.replace(mixer=memory_mixer)
+            like = config.replace(mixer=found.mixer)
             params["layers"]["memory"] = _build_memory(path / ALLMEM_WEIGHTS, like, memory)
     return config, params
 
@@ -132,19 +189,23 @@ def _naming(path: pathlib.Path) -> Iterator[None]:
     """Puts the file's name before errors about its contents."""
     try:
         yield
-    except (ValueError, TypeError, KeyError, ZeroDivisionError) as error:
-        detail = f"lacks {error}" if isinstance(error, KeyError) else str(error)
-        raise ValueError(f"{path}: {detail}") from error
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
 def _read_json(path: pathlib.Path) -> dict[str, Any]:
     try:
-        contents = json.loads(path.read_text())
-    except ValueError as error:
+        contents = json.loads(_read_text(path))
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"not valid JSON: {error}") from None
     if not isinstance(contents, dict):
         raise ValueError(f"holds a {type(contents).__name__}, not an object")
     return contents
+
+
+def _read_text(path: pathlib.Path) -> str:
+    """UTF-8, with or without the byte-order mark that some editors put first."""
+    return path.read_bytes().decode("utf-8-sig")
 
 
 def _refuse_pointer(path: pathlib.Path) -> None:
@@ -329,7 +390,8 @@ def save_pretrained(
     Args:
       path: the folder; it must not exist, or be empty, unless `overwrite`.
       config: the model's config.
-      params: its parameters, with or without `layers/memory`.
+      params: its parameters, with or without `layers/memory`. With one, the folder is loaded with its mixer again,
+        whatever `config.mixer` runs without it.
       tokenizer: saved too when given.
       dtype: "float32" or "bfloat16", of the backbone's tensors; None keeps that of the parameters.
       max_shard_size: backbones above this size are split, e.g. "5GB".
@@ -347,6 +409,8 @@ def save_pretrained(
     flat = _flatten(params)
     memory = {name: np.asarray(leaf, np.float32) for name, leaf in flat.items() if name.startswith("layers/memory/")}
     backbone = {name: leaf for name, leaf in flat.items() if name not in memory}
+    if memory:
+        config = config.replace(mixer=config.memory_mixer)
     raw = families.config_to_hf(config)
     _check_params(config, backbone)
     if memory:
@@ -354,17 +418,22 @@ def save_pretrained(
     np_dtype = _np_dtype(dtype or str(backbone["embed/embedding"].dtype))
     raw |= {"torch_dtype": np_dtype.name, "transformers_version": transformers.__version__}
     if tokenizer is not None:
-        raw |= {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+        raw["bos_token_id"] = tokenizer.bos_token_id
+        stated = {"the config": config.eos_tokens, "the tokenizer": ends.of_tokenizer(tokenizer)}
+        config = config.replace(eos_tokens=ends.gather(stated, config.vocab_size))
+    generation = {"eos_token_id": list(config.eos_tokens) or None}
+    raw |= generation
     path.parent.mkdir(parents=True, exist_ok=True)
     part = pathlib.Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     try:
         _write_backbone(part, config, backbone, np_dtype, max_shard_size)
         (part / "config.json").write_text(json.dumps(raw, indent=2) + "\n")
+        (part / _GENERATION).write_text(json.dumps(generation, indent=2) + "\n")
         (part / ALLMEM_CONFIG).write_text(config.to_json() + "\n")
         if memory:
             safetensors.numpy.save_file(memory, part / ALLMEM_WEIGHTS)
         if tokenizer is not None:
-            tokenizer.save_pretrained(part)
+            tokenizer_lib.save_tokenizer(tokenizer, part)
         part.chmod(0o755)
         _replace_folder(part, path)
     finally:

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from allmem_jax import config as config_lib
+from allmem_jax import fields
 
 
 @dataclasses.dataclass(frozen=True)
@@ -193,14 +194,19 @@ def config_from_hf(raw: Mapping[str, Any]) -> config_lib.ModelConfig:
     Raises:
       ValueError: the architecture, or something in the config, is not supported; the message names it.
     """
+    fields.check_hf(raw)
     if raw.get("model_type") == "gemma3":
-        raw = {**raw.get("text_config", {}), "model_type": "gemma3_text"}
+        above = {key: raw[key] for key in ("tie_word_embeddings", "quantization_config") if raw.get(key) is not None}
+        raw = {**(raw.get("text_config") or {}), **above, "model_type": "gemma3_text"}
+        fields.check_hf(raw)
     family = raw.get("model_type")
     if family not in config_lib.FAMILIES:
-        name = (raw.get("architectures") or [family])[0]
+        named = raw.get("architectures")
+        name = named[0] if isinstance(named, list) and named else family
         supported = ", ".join(config_lib.FAMILIES)
-        raise ValueError(f"architecture {name!r} (model_type {family!r}) is not supported; supported: {supported}")
-    _refuse_unsupported(raw)
+        raise ValueError(
+            f"architecture {fields.shown(name)} (model_type {family!r}) is not supported; supported: {supported}"
+        )
     raw = _HF_DEFAULTS[family] | {
         key: value for key, value in raw.items() if value is not None or key == "sliding_window"
     }
@@ -208,7 +214,7 @@ def config_from_hf(raw: Mapping[str, Any]) -> config_lib.ModelConfig:
     gemma = family == "gemma3_text"
     act = raw["hidden_activation" if gemma else "hidden_act"]
     if act not in _ACTIVATIONS:
-        raise ValueError(f"hidden_act={act!r} is not supported; supported: {', '.join(_ACTIVATIONS)}")
+        raise ValueError(f"hidden_act={fields.shown(act)} is not supported; supported: {', '.join(_ACTIVATIONS)}")
     bias = bool(raw.get("attention_bias", False)) and family != "mistral"
     n_heads, n_layers = raw["num_attention_heads"], raw["num_hidden_layers"]
     theta, scaling, local_theta = _rope_from_hf(raw)
@@ -244,24 +250,12 @@ def config_from_hf(raw: Mapping[str, Any]) -> config_lib.ModelConfig:
 
 def _check_sizes(raw: Mapping[str, Any]) -> None:
     wanted = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
-    if bad := [f"{key}={raw.get(key)!r}" for key in wanted if type(raw.get(key)) is not int]:
-        raise ValueError(f"config needs whole numbers in {', '.join(bad)}")
+    if bad := [f"{key}={raw.get(key)!r}" for key in wanted if not raw.get(key)]:
+        raise ValueError(f"config needs whole numbers, 1 or more, in {', '.join(bad)}")
     if raw["num_hidden_layers"] > _MOST_LAYERS:
         raise ValueError(f"num_hidden_layers={raw['num_hidden_layers']} is beyond {_MOST_LAYERS}; is the file damaged?")
-
-
-def _refuse_unsupported(raw: Mapping[str, Any]) -> None:
-    """ValueError for fields that change the arithmetic in a way this model does not have."""
-    if raw.get("quantization_config"):
-        method = raw["quantization_config"].get("quant_method", "unknown")
-        raise ValueError(
-            f"weights quantised with {method!r} are not supported; use the original weights or a GGUF file"
-        )
-    for key in ("attn_logit_softcapping", "final_logit_softcapping", "use_bidirectional_attention"):
-        if raw.get(key):
-            raise ValueError(f"{key}={raw[key]!r} is not supported; only null is")
-    if raw.get("partial_rotary_factor", 1.0) not in (1.0, None):
-        raise ValueError(f"partial_rotary_factor={raw['partial_rotary_factor']} is not supported; only 1.0 is")
+    if raw.get("sliding_window_pattern") == 0:
+        raise ValueError("sliding_window_pattern=0 must be 1 or more")
 
 
 def _head_dim(raw: Mapping[str, Any]) -> int:
@@ -287,7 +281,9 @@ def _local_layers(raw: Mapping[str, Any], family: str) -> tuple[bool, ...]:
         local = ()
     elif types is not None:
         if unknown := sorted(set(types) - {"full_attention", "sliding_attention"}):
-            raise ValueError(f"layer_types {unknown} are not supported; supported: full_attention, sliding_attention")
+            raise ValueError(
+                f"layer_types {fields.shown(unknown)} are not supported; supported: full_attention, sliding_attention"
+            )
         local = tuple(kind == "sliding_attention" for kind in types)
     elif family == "gemma3_text":
         local = tuple((layer + 1) % raw["sliding_window_pattern"] != 0 for layer in range(n_layers))
@@ -305,10 +301,16 @@ def _rope_from_hf(raw: Mapping[str, Any]) -> tuple[float, config_lib.RopeScaling
     rope = raw.get("rope_parameters") or {}
     local = rope.get("sliding_attention") or {}
     rope = (raw.get("rope_scaling") or {}) | (rope.get("full_attention") or rope)
-    if local.get("rope_type", "default") != "default":
-        raise ValueError(f"rope_type={local['rope_type']!r} of the sliding_attention layers is not supported")
-    theta = float(rope.get("rope_theta", raw.get("rope_theta", 10_000.0)))
-    local_theta = local.get("rope_theta", raw.get("rope_local_base_freq"))
+    kind = local.get("rope_type") or local.get("type") or "default"
+    if kind != "default":
+        raise ValueError(f"rope_type={fields.shown(kind)} of the sliding_attention layers is not supported")
+    theta = float(rope.get("rope_theta") or raw.get("rope_theta", 10_000.0))
+    local_theta = local.get("rope_theta") or raw.get("rope_local_base_freq")
+    if not theta > 1:
+        raise ValueError(f"rope_theta={theta} must be above 1")
+    rope = {key: value for key, value in rope.items() if value is not None}
+    if raw.get("original_max_position_embeddings"):
+        rope["original_max_position_embeddings"] = raw["original_max_position_embeddings"]
     scaling = _scaling_from_hf(rope, raw["max_position_embeddings"])
     return theta, scaling, None if local_theta is None else float(local_theta)
 
@@ -316,32 +318,38 @@ def _rope_from_hf(raw: Mapping[str, Any]) -> tuple[float, config_lib.RopeScaling
 def _scaling_from_hf(rope: Mapping[str, Any], max_length: int) -> config_lib.RopeScaling | None:
     kind = rope.get("rope_type") or rope.get("type") or "default"
     if kind not in ("default", "linear", "llama3", "yarn"):
-        raise ValueError(f"rope_type={kind!r} is not supported; supported: default, linear, llama3, yarn")
-    if rope.get("partial_rotary_factor", 1.0) != 1.0:
-        raise ValueError(f"partial_rotary_factor={rope['partial_rotary_factor']} is not supported; only 1.0 is")
+        raise ValueError(f"rope_type={fields.shown(kind)} is not supported; supported: default, linear, llama3, yarn")
     if kind == "default":
         return None
-    if kind == "linear":
-        return config_lib.RopeScaling(kind, float(rope["factor"]))
+    wanted = {"linear": ("factor",), "llama3": ("factor", "low_freq_factor", "high_freq_factor"), "yarn": ()}[kind]
+    if missing := [name for name in wanted if name not in rope]:
+        raise ValueError(f"rope_type={kind!r} lacks {', '.join(map(repr, missing))}")
     original = rope.get("original_max_position_embeddings") or max_length
+    factor = float(rope.get("factor") or max_length / original)
+    if kind == "linear":
+        return config_lib.RopeScaling(kind, factor)
     if kind == "llama3":
         low, high = float(rope["low_freq_factor"]), float(rope["high_freq_factor"])
-        return config_lib.RopeScaling(kind, float(rope["factor"]), original, low, high)
+        return config_lib.RopeScaling(kind, factor, original, low, high)
     if rope.get("truncate", True) is not True:
         raise ValueError("rope_type='yarn' with truncate=false is not supported")
-    factor = float(rope.get("factor") or max_length / original)
     attention = rope.get("attention_factor")
     mscale, mscale_all = rope.get("mscale"), rope.get("mscale_all_dim")
     if attention is None and mscale and mscale_all:
-        attention = (0.1 * mscale * math.log(factor) + 1) / (0.1 * mscale_all * math.log(factor) + 1)
+        attention = _yarn_factor(factor, mscale) / _yarn_factor(factor, mscale_all)
     return config_lib.RopeScaling(
         kind,
         factor,
         original,
         beta_fast=float(rope.get("beta_fast") or 32),
         beta_slow=float(rope.get("beta_slow") or 1),
-        attention_factor=attention,
+        attention_factor=None if attention is None else float(attention),
     )
+
+
+def _yarn_factor(factor: float, scale: float = 1.0) -> float:
+    """What yarn multiplies cos and sin with (arXiv 2309.00071, section 3.4)."""
+    return 0.1 * scale * math.log(factor) + 1 if factor > 1 else 1.0
 
 
 _HF_CLASSES = {
@@ -434,12 +442,15 @@ def config_from_gguf(
       ValueError: the architecture, or something in the metadata, is not supported.
     """
     arch = metadata.get("general.architecture")
-    if arch not in _GGUF_FAMILIES:
-        raise ValueError(f"architecture {arch!r} is not supported; supported in GGUF: {', '.join(_GGUF_FAMILIES)}")
+    if not isinstance(arch, str) or arch not in _GGUF_FAMILIES:
+        raise ValueError(
+            f"architecture {fields.shown(arch)} is not supported; supported in GGUF: {', '.join(_GGUF_FAMILIES)}"
+        )
 
     def get(key: str, default: Any = None) -> Any:
         return metadata.get(f"{arch}.{key}", default)
 
+    fields.check_gguf(metadata, arch)
     _check_gguf(arch, get, shapes)
     family = "mistral" if arch == "llama" and get("attention.sliding_window") else _GGUF_FAMILIES[arch]
     n_heads = _uniform(arch, "attention.head_count", get("attention.head_count"))
@@ -459,43 +470,62 @@ def config_from_gguf(
         "max_position_embeddings": get("context_length"),
         "rope_theta": _decimal(get("rope.freq_base", 1e6 if arch == "gemma3" else 10_000.0)),
         "rope_local_base_freq": _decimal(get("rope.freq_base_swa", 10_000.0)),
-        "rope_scaling": _scaling_from_gguf(get),
+        "rope_scaling": _scaling_from_gguf(arch, get),
         "sliding_window": get("attention.sliding_window"),
-        "attn_logit_softcapping": get("attn_logit_softcapping"),
-        "final_logit_softcapping": get("final_logit_softcapping"),
     }
-    if family == "gemma3_text":
-        # llama.cpp hard-codes these two: every sixth layer is global, and only the 27B model (62 layers) scales
-        # queries by the width of a head as d_model / n_heads.
-        raw["sliding_window_pattern"] = 6
-        raw["query_pre_attn_scalar"] = raw["hidden_size"] // n_heads if get("block_count") == 62 else raw["head_dim"]
     if raw["head_dim"] is None:
         del raw["head_dim"]
         raw["head_dim"] = _head_dim(raw)
-    if get("rope.dimension_count", raw["head_dim"]) != raw["head_dim"]:
-        raise ValueError(f"{arch}.rope.dimension_count={get('rope.dimension_count')} is not head_dim={raw['head_dim']}")
+    for key in ("rope.dimension_count", "rope.dimension_count_swa", "attention.value_length",
+                "attention.key_length_swa", "attention.value_length_swa"):  # fmt: skip
+        if get(key, raw["head_dim"]) != raw["head_dim"]:
+            raise ValueError(f"{arch}.{key}={get(key)} is not head_dim={raw['head_dim']}")
+    if family == "gemma3_text":
+        # llama.cpp hard-codes that only the 27B model (62 layers) scales queries by the width of a head as
+        # d_model / n_heads.
+        raw["query_pre_attn_scalar"] = raw["hidden_size"] // n_heads if get("block_count") == 62 else raw["head_dim"]
+    raw |= _pattern_from_gguf(arch, get, family)
     config = config_from_hf(raw)
+    scale = get("attention.scale")
+    if scale and not math.isclose(scale, config.query_scale or config.head_dim**-0.5, rel_tol=1e-5):
+        raise ValueError(f"{arch}.attention.scale={scale} is not supported; only head_dim ** -0.5 is")
     if rope_factors is not None:
         config = config.replace(rope_scaling=_llama3_scaling(config, rope_factors))
     return config.replace(o_bias="blk.0.attn_output.bias" in shapes)
+
+
+def _pattern_from_gguf(arch: str, get: Callable[..., Any], family: str) -> dict[str, Any]:
+    """Which layers are local, as a Hugging Face config says it: every sixth is global where Gemma's file is silent."""
+    pattern = get("attention.sliding_window_pattern")
+    if family != "gemma3_text":
+        if pattern is not None and get("attention.sliding_window"):
+            raise ValueError(f"{arch}.attention.sliding_window_pattern={fields.shown(pattern)} is not supported")
+        return {}
+    if pattern is None or type(pattern) is int:
+        return {"sliding_window_pattern": 6 if pattern is None else pattern}
+    if np.ndim(pattern) != 1 or np.asarray(pattern).dtype.kind not in "biu":
+        raise ValueError(f"{arch}.attention.sliding_window_pattern={fields.shown(pattern)} must be one flag a layer")
+    return {"layer_types": ["sliding_attention" if local else "full_attention" for local in np.asarray(pattern)]}
 
 
 def _check_gguf(arch: str, get: Callable[..., Any], shapes: Mapping[str, tuple[int, ...]]) -> None:
     wanted = ("block_count", "embedding_length", "feed_forward_length", "attention.head_count")
     if missing := [f"{arch}.{key}" for key in wanted if get(key) is None]:
         raise ValueError(f"GGUF metadata lacks {', '.join(missing)}")
-    if get("expert_count"):
-        raise ValueError(f"{arch}.expert_count={get('expert_count')}: mixtures of experts are not supported")
     if "token_embd.weight" not in shapes:
         raise ValueError("the GGUF file has no tensor 'token_embd.weight'")
+    if get("attention.causal") is False:
+        raise ValueError(f"{arch}.attention.causal=False is not supported: this is an encoder")
 
 
 def _uniform(arch: str, key: str, value: Any) -> int:
     """A number that GGUF may give once a layer."""
-    values = set(np.atleast_1d(value).tolist())
-    if len(values) != 1:
-        raise ValueError(f"{arch}.{key}={sorted(values)} differs between layers, which is not supported")
-    return int(values.pop())
+    numbers = np.atleast_1d(value)
+    if numbers.ndim != 1 or numbers.dtype.kind not in "iu" or not numbers.size:
+        raise ValueError(f"{arch}.{key}={fields.shown(value)} must be a whole number")
+    if (numbers != numbers[0]).any():
+        raise ValueError(f"{arch}.{key}={sorted(set(numbers.tolist()))} differs between layers, which is not supported")
+    return int(numbers[0])
 
 
 def _decimal(value: float) -> float:
@@ -503,17 +533,27 @@ def _decimal(value: float) -> float:
     return float(str(np.float32(value)))
 
 
-def _scaling_from_gguf(get: Callable[..., Any]) -> dict[str, Any] | None:
+def _scaling_from_gguf(arch: str, get: Callable[..., Any]) -> dict[str, Any] | None:
     kind, factor = get("rope.scaling.type"), get("rope.scaling.factor", get("rope.scale_linear"))
     if kind is None and factor:
         kind = "linear"
+    times = get("rope.scaling.attn_factor", 1.0)
+    if kind != "yarn" and times != 1:
+        raise ValueError(f"{arch}.rope.scaling.attn_factor={times} is not supported without yarn")
     if kind in (None, "none"):
         return None
     scaling = {"rope_type": kind, "factor": _decimal(factor or 1.0)}
     if kind == "yarn":
         scaling["original_max_position_embeddings"] = get("rope.scaling.original_context_length")
-        if get("rope.scaling.attn_factor"):
-            scaling["attention_factor"] = get("rope.scaling.attn_factor") * (0.1 * math.log(scaling["factor"]) + 1)
+        for beta in ("beta_fast", "beta_slow"):
+            if get(f"rope.scaling.yarn_{beta}") is not None:
+                scaling[beta] = _decimal(get(f"rope.scaling.yarn_{beta}"))
+        less = get("rope.scaling.yarn_log_multiplier", 0.0)
+        if type(less) not in (int, float) or not 0 <= less < math.inf:
+            raise ValueError(f"{arch}.rope.scaling.yarn_log_multiplier={fields.shown(less)} must be a number")
+        if less or times != 1:  # llama.cpp's reading of the two, with DeepSeek's name for the first: mscale_all_dim
+            base = _yarn_factor(scaling["factor"])
+            scaling["attention_factor"] = times * base / _yarn_factor(scaling["factor"], less)
     return scaling
 
 

@@ -6,6 +6,7 @@ What a mixer of constant state runs at every context is one program for prefill 
 a cache of exactly the context, so every context compiles its own two.
 """
 
+import dataclasses
 import os
 import pathlib
 import platform
@@ -92,7 +93,7 @@ def _time(
         return jax.block_until_ready(generation.prefill(params, config, [text], state=state, piece=piece))
 
     _, state = read(None)  # compiles
-    state = state._replace(position=jnp.full((1,), context - piece, jnp.int32))
+    state = dataclasses.replace(state, position=jnp.full((1,), context - piece, jnp.int32))
     pieces = []
     for _ in range(repeats):
         began = time.perf_counter()

@@ -46,7 +46,8 @@ class AllMemLM(nn.Module):
             with a state only: without one, no real token can see the padding.
           segment_ids: int32 [B, L], packed documents numbered from 1, 0 for padding. A new document starts from the
             initial weights of the memory and sees no key of another. Not together with `state`.
-          state: what came before these tokens, from `init_state` or an earlier call.
+          state: what came before these tokens, from `init_state` or an earlier call, of this config's window, sinks and
+            memory.
           window, sinks: replace the config's, and may be traced; not together with `state`.
           return_hidden: the final normalised hidden states [B, L, d] instead of logits.
 
@@ -60,6 +61,8 @@ class AllMemLM(nn.Module):
             raise ValueError("mixer='full' has neither state, window nor sinks; use mixer='swa' with a wide window")
         if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
             raise ValueError(f"tokens must be integers [B, L]; got {tokens.dtype} {list(tokens.shape)}")
+        if state is not None:
+            state_lib.check_state(c, tokens.shape[0], state)
         embed = nn.Embed(c.vocab_size, c.d_model, embedding_init=nn.initializers.normal(0.02), name="embed")
         table = embed.embedding
         x = jnp.take(sharding.whole_rows(table), tokens, axis=0).astype(c.dtype) * jnp.asarray(c.embed_scale, c.dtype)
@@ -85,7 +88,8 @@ class AllMemLM(nn.Module):
         where = (state.position, shared.lengths, c.sinks)
         keys = functional.write_cache(state.keys, after.keys, *where)
         values = functional.write_cache(state.values, after.values, *where)
-        return result, state_lib.DecodeState(state.position + shared.lengths, keys, values, after.conv, after.memory)
+        position = state.position + shared.lengths
+        return result, state_lib.DecodeState(position, keys, values, after.conv, after.memory, c.sinks)
 
     def _shared(self, tokens, lengths, segment_ids, state, window, sinks) -> layers.Shared:
         """Positions, rotary tables and masks that all layers use."""

@@ -9,8 +9,8 @@ It is a pytree of arrays, an argument and a result of every call, so it can be s
 
 import dataclasses
 import os
-from typing import NamedTuple
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -22,7 +22,8 @@ from allmem_jax import config as config_lib
 from allmem_jax import files
 
 
-class DecodeState(NamedTuple):
+@flax.struct.dataclass
+class DecodeState:
     """What decoding carries from token to token.
 
     Attributes:
@@ -31,6 +32,7 @@ class DecodeState(NamedTuple):
       conv: [Y, B, K - 1, F], the last inputs of the memory's convolutions; None without a memory.
       memory: `MemoryState` with a leading Y; float32 [Y, B, N, Dk, Dv] for the mixers "mamba2" and "delta"; None
         without a memory.
+      sinks: S, static: the arrays alone do not tell a sink slot from one of the window.
     """
 
     position: jax.Array
@@ -38,6 +40,7 @@ class DecodeState(NamedTuple):
     values: jax.Array
     conv: jax.Array | None
     memory: pallas_kernels.MemoryState | jax.Array | None
+    sinks: int = flax.struct.field(pytree_node=False)
 
 
 def init_state(config: config_lib.ModelConfig, batch: int) -> DecodeState:
@@ -66,7 +69,28 @@ def init_state(config: config_lib.ModelConfig, batch: int) -> DecodeState:
         memory = jax.tree.map(lambda leaf: jnp.zeros((layers, *leaf.shape), leaf.dtype), one)
     elif config.mixer in config_lib.MEMORY_MIXERS:
         memory = jnp.zeros((layers, batch, *config.linear_state_shape), jnp.float32)
-    return DecodeState(jnp.zeros((batch,), jnp.int32), jnp.zeros(cache, dtype), jnp.zeros(cache, dtype), conv, memory)
+    position = jnp.zeros((batch,), jnp.int32)
+    return DecodeState(position, jnp.zeros(cache, dtype), jnp.zeros(cache, dtype), conv, memory, config.sinks)
+
+
+def check_state(config: config_lib.ModelConfig, batch: int, state: DecodeState) -> None:
+    """ValueError where a state is not one of this config and this many rows; shapes alone are looked at."""
+    window = state.keys.shape[2] - state.sinks if state.keys.ndim == 5 else None
+    for field, there, here in (("sinks", state.sinks, config.sinks), ("window", window, config.window)):
+        if there != here:
+            raise ValueError(
+                f"the state was made with {field}={there} and the config has {field}={here}: use the config that the "
+                "state was made with, or read the text anew"
+            )
+    like = _named(jax.eval_shape(lambda: init_state(config, batch)))
+    shapes = {name: leaf.shape for name, leaf in _named(state).items()}
+    for name in sorted(shapes.keys() | like.keys()):
+        found, wanted = shapes.get(name), like[name].shape if name in like else None
+        if found != wanted:
+            raise ValueError(
+                f"the state's {name} is {found or 'missing'}, where mixer={config.mixer!r} and {batch} rows of tokens "
+                f"need {wanted or 'none'}: use the config that the state was made with, or read the text anew"
+            )
 
 
 def state_bytes(config: config_lib.ModelConfig, batch: int = 1) -> int:
@@ -101,7 +125,7 @@ def load_state(path: str | os.PathLike[str], config: config_lib.ModelConfig) -> 
         raise ValueError(f"{path} is not a saved state: {error}") from None
     for field in dataclasses.fields(config):
         there, here = getattr(saved, field.name), getattr(config, field.name)
-        if there != here:
+        if there != here and field.name != "eos_tokens":
             raise ValueError(f"{path} is the state of another model: {field.name} is {there} there and {here} here")
     batch = len(flat.get("position", ()))
     like = jax.eval_shape(lambda: init_state(config, batch))

@@ -4,9 +4,11 @@ A GGUF file holds a vocabulary, merges and a template, not a tokenizer: it is pu
 package, the way llama.cpp reads the same fields. Nothing here needs torch or a network.
 """
 
+import contextlib
+import json
 import os
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import tokenizers
@@ -43,19 +45,109 @@ _LLAMA3_LIKE = ("llama-bpe", "llama3", "llama-v3", "tekken")
 def load_tokenizer(path: str | os.PathLike[str]) -> transformers.PreTrainedTokenizerBase | None:
     """The tokenizer of a Hugging Face folder or a GGUF file; None when there is no tokenizer in it.
 
+    What it encodes can be continued: it begins as the model's texts begin and no EOS closes it, whatever the files ask
+    for (`save_tokenizer` gives that back). What it decodes is exact: no space before punctuation is cleaned away.
+
     Raises:
       ValueError: the tokenizer is damaged or of an unsupported kind.
     """
     path = pathlib.Path(path).expanduser()
     if path.is_file():
         file = gguf_reader.open_gguf(path)
-        return from_gguf(file) if "tokenizer.ggml.model" in file.metadata else None
+        with _one_line(path):
+            return from_gguf(file) if "tokenizer.ggml.model" in file.metadata else None
     if not any((path / name).is_file() for name in _FILES):
         return None
+    with _one_line(path):
+        tokenizer = _from_folder(path)
+    tokenizer.clean_up_tokenization_spaces = tokenizer.init_kwargs["clean_up_tokenization_spaces"] = False
+    _leave_open(tokenizer)
+    return tokenizer
+
+
+@contextlib.contextmanager
+def _one_line(path: pathlib.Path) -> Iterator[None]:
+    """Makes one kind of error, on one line, of whatever transformers and tokenizers raise for damaged files."""
     try:
-        return transformers.AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # transformers and tokenizers raise bare Exceptions for damaged files
-        raise ValueError(f"{path}: cannot load the tokenizer: {error}") from error
+        yield
+    except Exception as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        hint = "" if path.is_file() else "; copy the original's tokenizer.json"
+        raise ValueError(f"{path}: cannot load the tokenizer: {reason}{hint}") from error
+
+
+def _from_folder(path: pathlib.Path) -> transformers.PreTrainedTokenizerBase:
+    options: dict[str, Any] = dict(local_files_only=True, trust_remote_code=False)
+    if (path / "tokenizer.json").is_file() or not (path / "tokenizer.model").is_file():
+        return transformers.AutoTokenizer.from_pretrained(path, **options)
+    # The class that a sentencepiece model's config names has rules of its own for normalising and for the space before
+    # a text; this one takes those of the model file, and "legacy" is the name of sentencepiece's way with that space.
+    options |= {"legacy": True}
+    if "add_bos_token" not in _settings(path):
+        options |= {"add_bos_token": True}
+    return transformers.PreTrainedTokenizerFast.from_pretrained(path, **options)
+
+
+def _settings(path: pathlib.Path) -> dict[str, Any]:
+    file = path / "tokenizer_config.json"
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+
+
+def _leave_open(tokenizer: Any) -> None:
+    """Takes away what is put behind a text, and keeps the file's way aside as `closing`."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None or backend.post_processor is None:
+        return
+    tokenizer.closing = backend.post_processor.__getstate__()
+    _set_processor(tokenizer, json.dumps(_opened(json.loads(tokenizer.closing))).encode())
+    tokenizer._add_eos_token = False  # its setter would make a processor anew, from less than the file says
+
+
+def _set_processor(tokenizer: Any, state: bytes) -> None:
+    processor = tokenizer.backend_tokenizer.post_processor
+    processor.__setstate__(state)
+    tokenizer.backend_tokenizer.post_processor = processor
+
+
+def _opened(processor: dict[str, Any]) -> dict[str, Any]:
+    """A post-processor, as `tokenizers` writes it in JSON, without the special tokens after the (last) text."""
+    if processor["type"] == "Sequence":
+        return processor | {"processors": [_opened(each) for each in processor["processors"]]}
+    if processor["type"] != "TemplateProcessing":
+        return processor
+    opened = {}
+    for key in ("single", "pair"):
+        texts = [index for index, piece in enumerate(processor[key]) if "Sequence" in piece]
+        opened[key] = processor[key][: texts[-1] + 1]
+    return processor | opened
+
+
+def save_tokenizer(tokenizer: transformers.PreTrainedTokenizerBase, folder: str | os.PathLike[str]) -> None:
+    """Writes a tokenizer's files; one that `load_tokenizer` left open is closed in them as its source was."""
+    source: Any = tokenizer
+    if not hasattr(source, "closing"):
+        source.save_pretrained(folder)
+        return
+    opened = source.backend_tokenizer.post_processor.__getstate__()
+    try:
+        _set_processor(source, source.closing)
+        source.save_pretrained(folder)
+    finally:
+        _set_processor(source, opened)
+
+
+def encode_prompt(tokenizer: transformers.PreTrainedTokenizerBase, text: str) -> list[int]:
+    """The ids of a text that is to be continued: what the model's texts begin with, once, and no EOS behind.
+
+    A text that begins with the BOS token in words, as a rendered chat template may, gets no second one.
+    """
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    bare = tokenizer.encode("a", add_special_tokens=False)
+    whole = tokenizer.encode("a")
+    before: list[int] = next(
+        (whole[:start] for start in range(len(whole)) if whole[start : start + len(bare)] == bare), []
+    )
+    return ids if ids[: len(before)] == before else before + ids
 
 
 def from_gguf(file: gguf_reader.GGUFFile) -> transformers.PreTrainedTokenizerFast:
@@ -63,15 +155,15 @@ def from_gguf(file: gguf_reader.GGUFFile) -> transformers.PreTrainedTokenizerFas
     prefix = "tokenizer.ggml."
     fields = {key.removeprefix(prefix): value for key, value in file.metadata.items() if key.startswith(prefix)}
     kind, pre, tokens = fields.get("model"), fields.get("pre", "default"), fields.get("tokens")
-    if kind not in ("gpt2", "llama") or not isinstance(tokens, list):
-        raise ValueError(f"{file.path}: tokenizer {kind!r} is not supported; supported in GGUF: 'gpt2', 'llama'")
-    if kind == "gpt2" and pre not in _SPLITS:
-        raise ValueError(f"{file.path}: pre-tokenizer {pre!r} is not supported; supported: {', '.join(_SPLITS)}")
+    if not isinstance(kind, str) or kind not in ("gpt2", "llama") or not isinstance(tokens, list):
+        raise ValueError(f"tokenizer {kind!r:.80} is not supported; supported in GGUF: 'gpt2', 'llama'")
+    if kind == "gpt2" and not (isinstance(pre, str) and pre in _SPLITS):
+        raise ValueError(f"pre-tokenizer {pre!r:.80} is not supported; supported: {', '.join(_SPLITS)}")
     special = {
         f"{name}_token": tokens[fields[key]]
         for name, key in (("bos", "bos_token_id"), ("eos", "eos_token_id"), ("unk", "unknown_token_id"),
                           ("pad", "padding_token_id"))
-        if fields.get(key, len(tokens)) < len(tokens)
+        if 0 <= fields.get(key, -1) < len(tokens)
     }  # fmt: skip
     if kind == "gpt2":
         backend = _byte_level(fields, pre)

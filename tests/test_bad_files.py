@@ -69,7 +69,7 @@ def edit_weights(folder: pathlib.Path, change) -> None:
 
 
 def test_good_files_load(folder, gguf_path):
-    assert convert.load_pretrained(folder)[0] == TINY
+    assert convert.load_pretrained(folder)[0] == TINY.replace(mixer="full")  # there is no memory
     assert convert.load_pretrained(gguf_path)[0].family == "qwen2"
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from allmem_jax import config as config_lib
-from allmem_jax import convert, families, model
+from allmem_jax import convert, families, generation, model
 from allmem_jax import tokenizer as tokenizer_lib
 
 torch = pytest.importorskip("torch")
@@ -27,7 +27,9 @@ LLAMA3 = dict(
     rope_type="llama3", rope_theta=500.0, factor=4.0, low_freq_factor=1.0, high_freq_factor=4.0,
     original_max_position_embeddings=16,
 )  # fmt: skip
-YARN = dict(rope_type="yarn", rope_theta=5000.0, factor=4.0, original_max_position_embeddings=16)
+YARN = dict(
+    rope_type="yarn", rope_theta=5000.0, factor=4.0, original_max_position_embeddings=16, beta_fast=4.0, beta_slow=0.5
+)  # fmt: skip
 LINEAR = dict(rope_type="linear", rope_theta=3000.0, factor=2.5)
 GEMMA_ROPE = {
     "full_attention": dict(rope_type="linear", rope_theta=9000.0, factor=8.0),
@@ -172,9 +174,33 @@ def test_memory_travels_beside_the_backbone(tmp_path):
     params = model.merge_params(params, memory)
     convert.save_pretrained(tmp_path / "out", config, params, dtype="bfloat16")
     again, params_again, _ = convert.load_pretrained(tmp_path / "out")
-    assert again == config
+    assert again == config.replace(mixer="allmem")
     assert_same_tree(model.split_params(params_again)[1], memory)  # float32 whatever the backbone's dtype
     assert convert.load_pretrained(tmp_path / "out", window=32)[0].window == 32
+
+
+def test_a_model_comes_as_it_runs(tmp_path):
+    """Without a memory as the original or as it was saved; a memory that is asked for is made, and silent."""
+    write_checkpoint("llama", tmp_path / "in")
+    sizes = dict(window=16, sinks=2, chunk=8, d_mem=4)
+    config, params, _ = convert.load_pretrained(tmp_path / "in", **sizes)
+    assert config.mixer == "full" and "memory" not in params["layers"]
+    (written,) = generation.generate(params, config, [[5, 6, 7]], max_tokens=2)
+    assert len(written) == 2
+    with pytest.warns(UserWarning, match="has no memory: an untrained one is added"):
+        fresh_config, fresh, _ = convert.load_pretrained(tmp_path / "in", mixer="allmem", **sizes)
+    assert fresh_config.mixer == "allmem" and not np.any(fresh["layers"]["memory"]["alpha"])
+    assert_same_tree(model.split_params(fresh)[0], params)
+    for name, mixer, saved in [("full", "full", params), ("swa", "swa", params), ("none", "allmem", params),
+                               ("memory", "full", fresh)]:  # fmt: skip
+        convert.save_pretrained(tmp_path / name, config.replace(mixer=mixer), saved)
+        wanted = {"none": "full", "memory": "allmem"}.get(name, name)
+        assert convert.load_pretrained(tmp_path / name)[0] == config.replace(mixer=wanted)
+        assert convert.read_config(tmp_path / name).mixer == wanted
+    assert convert.load_pretrained(tmp_path / "memory", mixer="swa")[0].mixer == "swa"
+    assert convert.read_config("qwen3-0.6b") == config_lib.preset("qwen3-0.6b")
+    with pytest.raises(FileNotFoundError, match="no such file or folder"):
+        convert.read_config("./absent.gguf")
 
 
 def test_equal_head_in_a_tied_file_is_ignored(tmp_path):
@@ -204,6 +230,9 @@ def write_gguf(case: str, folder: pathlib.Path, path: pathlib.Path, arch: str) -
         writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
         writer.add_rope_scaling_factor(rope["factor"])
         writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
+        writer.add_rope_scaling_yarn_beta_fast(rope["beta_fast"])
+        writer.add_rope_scaling_yarn_beta_slow(rope["beta_slow"])
+    writer.add_eos_token_id(raw["eos_token_id"])
     if arch == "gemma3":
         writer.add_sliding_window(raw["sliding_window"])
     names = gguf.get_tensor_name_map(arch_enum(arch), raw["num_hidden_layers"])

@@ -1,5 +1,6 @@
 """The model: what conversion may not change, and the one law of the decode state."""
 
+import dataclasses
 import functools
 
 import jax
@@ -196,12 +197,37 @@ def test_states_are_files(tmp_path, dtype):
     jax.tree.map(np.testing.assert_array_equal, state_lib.load_state(file, config), state)
     with pytest.raises(ValueError, match="another model: window is 6 there and 7 here"):
         state_lib.load_state(file, config.replace(window=7))
-    state_lib.save_state(file, config, state._replace(conv=None))
+    state_lib.save_state(file, config, dataclasses.replace(state, conv=None))
     with pytest.raises(ValueError, match="not a saved state: conv missing"):
         state_lib.load_state(file, config)
     file.write_bytes(file.read_bytes()[:-100])
     with pytest.raises(ValueError, match="not a saved state"):
         state_lib.load_state(file, config)
+
+
+@pytest.mark.parametrize(
+    "made, message",
+    [
+        (dict(sinks=3, window=5), "made with sinks=3 and the config has sinks=2"),  # as many slots
+        (dict(window=7), "made with window=7 and the config has window=6"),
+        (dict(mixer="swa"), "the state's conv is missing, where mixer='allmem' and 2 rows of tokens need"),
+        (dict(mixer="delta"), "the state's conv is"),
+        (dict(n_mem=2), "the state's conv is"),
+        (dict(mem_expansion=3), r"the state's memory.pending.down is \(3, 2, 3, 8, 24\)"),
+        (dict(n_kv_heads=1, n_mem=3), r"the state's keys is \(3, 2, 8, 1, 8\)"),
+        (dict(n_layers=2), "the state's conv is"),
+    ],
+)
+def test_the_state_of_another_config_is_refused(made, message):
+    other = state_lib.init_state(TINY.replace(**made), 2)
+    run = lambda state: model.AllMemLM(TINY).apply({"params": random_params(TINY)}, random_tokens(2, 4), state=state)  # noqa: E731
+    with pytest.raises(ValueError, match=message):
+        jax.eval_shape(run, other)
+    with pytest.raises(ValueError, match="use the config that the state was made with"):
+        jax.eval_shape(run, other)
+    with pytest.raises(ValueError, match="the state's conv is .* 2 rows of tokens need"):
+        jax.eval_shape(run, state_lib.init_state(TINY, 3))
+    assert jax.eval_shape(run, state_lib.init_state(TINY, 2))[1].sinks == TINY.sinks
 
 
 def test_bfloat16_stays_near_float32():

@@ -66,7 +66,9 @@ def load(config: FinetuneConfig) -> Pretrained:
                 " file that has it"
             )
         return Pretrained(config_lib.preset(config.model, **overrides), None, None, found)
-    loaded, params, found = convert.load_pretrained(config.model, dtype=config.backbone_dtype, mixer=config.mixer)
+    remembers = convert.read_config(config.model).mixer in config_lib.MEMORY_MIXERS
+    mixer = config.mixer if remembers else None
+    loaded, params, found = convert.load_pretrained(config.model, dtype=config.backbone_dtype, mixer=mixer)
     if found is None:
         raise ValueError(f"{config.model} has no tokenizer, which the texts need; add its tokenizer.json")
     backbone, memory = model.split_params(params)
