@@ -328,7 +328,7 @@ def attention(q, k, segments):
 
 def memory(q, lr, w):
     tiles = ttt.choose_tiles(64, q.dtype)
-    jax.vjp(lambda *x: ttt.read_tokens(tiles, *x), w, q)[1](q)
+    jax.vjp(lambda *x: ttt.read_tokens(tiles, *x), w, q)[1](q.astype(jnp.float32))
     jax.vjp(lambda *x: ttt.write_tokens(tiles, *x), w, q, q, lr)[1](w)
 
 triton_call.call = call
