@@ -27,7 +27,8 @@ from allmem_jax import functional, model
 
 MOVED = 0.3  # share of the read-out that what was written moves, in every layer
 WARM_UP = 256  # tokens before which little was written
-RATES = np.geomspace(1e-4, 1.0, 25)  # among which a layer's learning rate is looked for
+RATES = (1e-4, 1.0)  # between which a layer's learning rate is looked for
+HALVINGS = 8  # of that interval, on a logarithmic scale
 
 
 def from_attention(
@@ -141,15 +142,13 @@ def _head(
 
 def calibrate(config: config_lib.ModelConfig, memory: Any, inputs: jax.Array) -> Any:
     """One layer's memory with the bias of its learning rates at which what was written moves the read-out by MOVED."""
-    shares = np.maximum.accumulate(np.asarray(_moved(config, memory, inputs)))
-    rate = np.exp(np.interp(np.log(MOVED), np.log(shares), np.log(RATES)))
-    bias = jnp.full_like(memory["lr_proj"]["bias"], np.log(np.expm1(rate)))
-    return memory | {"lr_proj": memory["lr_proj"] | {"bias": bias}}
+    rate = _rate(config, memory, inputs)
+    return memory | {"lr_proj": memory["lr_proj"] | {"bias": jnp.full_like(memory["lr_proj"]["bias"], rate)}}
 
 
 @functools.partial(jax.jit, static_argnames="config")
-def _moved(config: config_lib.ModelConfig, memory: Any, inputs: jax.Array) -> jax.Array:
-    """|f(W, q) - f(W_init, q)| / |f(W_init, q)| after the first WARM_UP tokens, for each of RATES."""
+def _rate(config: config_lib.ModelConfig, memory: Any, inputs: jax.Array) -> jax.Array:
+    """softplus^-1 of the rate at which |f(W, q) - f(W_init, q)| / |f(W_init, q)| is MOVED after WARM_UP tokens."""
     shape = (1, len(inputs), config.memory_heads, config.d_mem)
     norm = 1.0 if config.qk_scale == "l2" else config.d_mem**0.5
 
@@ -165,11 +164,19 @@ def _moved(config: config_lib.ModelConfig, memory: Any, inputs: jax.Array) -> ja
     init = pallas_kernels.FastWeights(memory["fast_gate"], memory["fast_up"], memory["fast_down"])
     momentum = jnp.full(shape[:3], config.momentum_init, jnp.float32)
 
-    def read(rate: jax.Array, read_out: str) -> jax.Array:
-        rates = jnp.broadcast_to(rate, (*shape[:3], 3)).astype(jnp.float32)
+    def read(rate: jax.Array | float, read_out: str) -> jax.Array:
+        rates = jnp.full((*shape[:3], 3), rate, jnp.float32)
         options = dict(chunk_size=config.chunk, read_out=read_out)
         out = pallas_kernels.ttt_memory(q, k, v, rates, momentum, init, **options)[0]
         return jnp.linalg.norm(out[:, WARM_UP:].astype(jnp.float32), axis=-1)
 
-    blank = read(jnp.float32(0), "full")
-    return jax.lax.map(lambda rate: (read(rate, "difference") / blank).mean(), jnp.asarray(RATES, jnp.float32))
+    blank = read(0.0, "full")
+
+    def halve(_: int, bounds: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        low, high = bounds
+        middle = jnp.sqrt(low * high)
+        more = (read(middle, "difference") / blank).mean() < MOVED
+        return jnp.where(more, middle, low), jnp.where(more, high, middle)
+
+    low, high = jax.lax.fori_loop(0, HALVINGS, halve, (jnp.float32(RATES[0]), jnp.float32(RATES[1])))
+    return jnp.log(jnp.expm1(jnp.sqrt(low * high)))
