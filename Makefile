@@ -39,7 +39,7 @@ test-core: $(CORE_VENV)/core.stamp
 	$(CORE_VENV)/bin/python $(PYTEST) -m core
 
 test-aot: $(AOT_VENV)/aot.stamp
-	TRITON_INTERPRET=0 $(AOT_VENV)/bin/python $(PYTEST) --dist load tests/test_aot.py
+	TRITON_INTERPRET=0 XLA_FLAGS= $(AOT_VENV)/bin/python $(PYTEST) --dist load tests/test_aot.py
 
 fetch: $(VENV)/demo.stamp
 	$(RUN) -m train.fetch

@@ -7,9 +7,10 @@ exit code 2.
 from __future__ import annotations
 
 import dataclasses
-import json
+import io
+import itertools
+import os
 import pathlib
-import shlex
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -51,6 +52,8 @@ class Mixing:
 
 
 Options = Annotated[Mixing, tyro.conf.arg(name="")]
+Stops = Annotated[tuple[tuple[str, ...], ...], tyro.conf.arg(metavar="TEXT ..."), tyro.conf.UseAppendAction]
+Thinking = Literal["on", "off"]
 
 
 def convert(
@@ -79,7 +82,7 @@ def convert(
         window: Tokens that attention sees, the current one among them.
         sinks: First tokens that attention always sees.
         chunk: Tokens between two updates of the memory; more than the window leaves a blind gap.
-        n_mem: Heads of the memory. Default: the model's key-value heads.
+        n_mem: Heads of the memory. Default: the model's key-value heads, but at most 8, and 4 where it has one or two.
         d_mem: Dimension of a head of the memory.
         qk_scale: Norm of the memory's queries and keys: 1 (l2, the paper) or sqrt(d_mem) (rms).
         seed: Of the memory's initial values.
@@ -88,13 +91,15 @@ def convert(
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())) and not overwrite:
         raise FileExistsError(f"{out} exists: give another folder, or add --overwrite to replace it")
+    _check_folder(out)
     from allmem_jax import convert as convert_lib
     from allmem_jax import cost
     from allmem_jax import model as model_lib
 
     _say(f"reading {model}")
     sizes = dict(window=window, sinks=sinks, chunk=chunk, d_mem=d_mem, qk_scale=qk_scale)
-    config, params, tokenizer = convert_lib.load_pretrained(model, dtype=dtype, n_mem=n_mem, **sizes)
+    config, params, tokenizer = convert_lib.load_pretrained(model, dtype=dtype, **_set(dict(n_mem=n_mem)), **sizes)
+    config = config.replace(mixer=config.memory_mixer)
     backbone, _ = model_lib.split_params(params)
     params = model_lib.merge_params(backbone, model_lib.init_memory(config, seed))
     _say(f"writing {out}")
@@ -114,7 +119,9 @@ def generate(
     top_k: int = 0,
     top_p: float = 1.0,
     seed: int = 0,
+    stop: Stops = (),
     chat: bool = False,
+    thinking: Thinking | None = None,
 ) -> None:
     """Continue a text; it appears as it is written.
 
@@ -124,30 +131,38 @@ def generate(
 
     Args:
         model: Converted folder, Hugging Face folder (safetensors) or .gguf file.
-        prompt: Text to continue; - reads standard input.
+        prompt: Text to continue; - reads standard input. One that begins with a dash goes last, after --.
         max_tokens: Longest continuation, in tokens.
         temperature: 0 takes the likeliest token each time.
         top_k: Draw from the k likeliest tokens; 0 is all.
         top_p: Draw from the likeliest tokens that together reach this probability.
         seed: Of the draws.
+        stop: Texts to stop at, which are not shown; may be given several times.
         chat: Take the prompt as a user's message, in the model's chat template.
+        thinking: With --chat, whether the model thinks aloud first; default: as its template has it.
     """
     from allmem_jax import generation, text
+    from allmem_jax import tokenizer as tokenizer_lib
 
-    prompt = sys.stdin.read() if prompt == "-" else prompt
+    if thinking and not chat:
+        raise ValueError(f"--thinking {thinking} is a switch of the chat template: add --chat")
+    prompt, stops = _unicode("the prompt", sys.stdin.read() if prompt == "-" else prompt), _stops(stop)
     if not prompt.strip():
         raise ValueError("the prompt is empty: give some text to continue, or - to read it from standard input")
     sampling = generation.Sampling(temperature, top_k, top_p)
     sampling.check()
     config, params, tokenizer = _load(model, mixing)
+    _check_window(mixing, [config.mixer])
     if chat:
-        talk = text.Conversation(params, config, tokenizer, sampling, max_tokens, seed)
+        talk = text.Conversation(
+            params, config, tokenizer, sampling, max_tokens, seed, stop=stops, thinking=_switch(thinking)
+        )
         return _print_stream(talk.reply(prompt))
-    print(prompt, end="", flush=True)
     pieces = text.complete(
-        params, config, tokenizer, prompt, max_tokens=max_tokens, sampling=sampling, seed=seed,
-        progress=_progress(len(tokenizer.encode(prompt)), "reading the prompt"),
+        params, config, tokenizer, prompt, max_tokens=max_tokens, sampling=sampling, seed=seed, stop=stops,
+        progress=_progress(len(tokenizer_lib.encode_prompt(tokenizer, prompt)), "reading the prompt"),
     )  # fmt: skip
+    print(prompt, end="", flush=True)
     return _print_stream(pieces)
 
 
@@ -160,6 +175,8 @@ def chat(
     top_k: int = 0,
     top_p: float = 0.9,
     seed: int = 0,
+    stop: Stops = (),
+    thinking: Thinking | None = None,
     context: int = 4096,
 ) -> None:
     """Talk with an instruction-tuned model. An empty line or Ctrl-D ends it.
@@ -176,15 +193,21 @@ def chat(
         top_k: Draw from the k likeliest tokens; 0 is all.
         top_p: Draw from the likeliest tokens that together reach this probability.
         seed: Of the draws.
-        context: Longest chat with --mixer full, in tokens.
+        stop: Texts that end an answer, without being shown; may be given several times.
+        thinking: Whether the model thinks aloud before it answers; default: as its template has it.
+        context: Longest chat with full attention, in tokens.
     """
     from allmem_jax import generation, text
 
     sampling = generation.Sampling(temperature, top_k, top_p)
     sampling.check()
+    stops, system = _stops(stop), _unicode("the system message", system)
     config, params, tokenizer = _load(model, mixing)
+    _check_window(mixing, [config.mixer])
     messages = [{"role": "system", "content": system}] if system else []
-    talk = text.Conversation(params, config, tokenizer, sampling, max_tokens, seed, context, messages)
+    talk = text.Conversation(
+        params, config, tokenizer, sampling, max_tokens, seed, context, messages, stops, _switch(thinking)
+    )
     while line := _ask():
         _print_stream(talk.reply(line))
 
@@ -215,16 +238,14 @@ def evaluate(
     """
     from allmem_jax import evaluation_report, report, sections
 
+    _check_folder(out)
     named = evaluation_report.read_texts(texts)
     config, params, tokenizer = _load(model, mixing)
-    options = _set(vars(mixing)) | {"length": length, "sequences": sequences, "batch": batch, "out": out}
-    flags = [word for name, value in options.items() for word in (f"--{name}", str(value))]
-    command = shlex.join(["allmem", "evaluate", str(model), *map(str, texts), *flags])
-    section = evaluation_report.measure(
-        config, params, tokenizer, named, length=length, sequences=sequences, batch=batch, command=command
-    )
+    sizes = {"length": length, "sequences": sequences, "batch": batch}
+    command = sections.command("evaluate", model, *texts, **vars(mixing), out=out, **sizes)
+    section = evaluation_report.measure(config, params, tokenizer, named, **sizes, command=command)
     settings = sections.Table("", ("setting", "value"), tuple((k, str(v)) for k, v in vars(config).items()))
-    described = sections.Section("settings", "Settings", f"allmem info {model}", tables=(settings,))
+    described = sections.Section("settings", "Settings", command, tables=(settings,))
     page = report.write(out, report.Report(f"{model.name} against its original", (section, described)))
     for name, rows in section.data["texts"].items():
         beyond = (f"{key} {report.number(row['kl_beyond'])}" for key, row in rows.items() if "kl_beyond" in row)
@@ -271,6 +292,7 @@ def report(
     """
     from allmem_jax import full_report
 
+    _check_folder(out)
     settings = full_report.Settings(
         model, texts, out, length, sequences, prompt_length, samples, questions, longbench, suite, skip, include, dtype
     )
@@ -301,22 +323,27 @@ def info(
         n_mem: Heads of the memory.
         dtype: Of keys, values and activations.
     """
+    from allmem_jax import convert as convert_lib
     from allmem_jax import cost
 
     given = dict(window=window, sinks=sinks, chunk=chunk, n_mem=n_mem)
-    config = _read_config(model).replace(dtype=dtype, mixer="allmem", **_set(given))
+    config = convert_lib.read_config(model).replace(dtype=dtype, **_set(given))
+    config = config.replace(mixer=config.memory_mixer)
     groups = cost.parameter_groups(config)
     state = cost.state_bytes(config, context)
-    original, converted = (cost.flops_per_token(config, context, mixer) for mixer in ("full", "allmem"))
-    print(f"{model}: {config.family}, {config.n_layers} layers, window {config.window}, sinks {config.sinks}, "
-          f"chunk {config.chunk}, memory {config.memory_heads} x {config.d_mem}")  # fmt: skip
+    original, converted = (cost.flops_per_token(config, context, mixer) for mixer in ("full", config.mixer))
+    if config.mixer == "allmem":
+        memory = f"chunk {config.chunk}, memory {config.memory_heads} x {config.d_mem}"
+    else:
+        memory = f"memory {config.mixer} {' x '.join(map(str, config.linear_state_shape))}"
+    print(f"{model}: {config.family}, {config.n_layers} layers, window {config.window}, sinks {config.sinks}, {memory}")
     print("\nparameters (millions)")
     for name, count in groups.items():
         print(f"  {name:<12}{count / 1e6:>12.2f}")
     print(f"  {'total':<12}{sum(groups.values()) / 1e6:>12.2f}   the memory is {cost.added_share(config):.1%}")
     print(f"\nstate of one sequence after {context} tokens (MiB, {dtype})")
     print(f"  full attention {state['full'] / 2**20:>12.1f}")
-    print(f"  converted      {state['allmem'] / 2**20:>12.1f}   whatever the length; without memory "
+    print(f"  converted      {state[config.mixer] / 2**20:>12.1f}   whatever the length; without memory "
           f"{state['swa'] / 2**20:.1f}")  # fmt: skip
     print(f"\noperations for the token at {context} (GFLOP)     full   converted")
     for part in original:
@@ -346,12 +373,16 @@ def cost(
         out: Folder to write the figures to, as JSON.
         measure: Measure times as well; takes a few minutes.
     """
+    from allmem_jax import convert as convert_lib
     from allmem_jax import cost as cost_lib
     from allmem_jax import latency, sections
 
-    configs = {name: _read_config(name).replace(dtype="bfloat16") for name in models}
-    if not configs:
-        raise ValueError("models is empty: give at least one folder, .gguf file or preset")
+    if not models or not windows:
+        raise ValueError("models or windows is empty: give at least one folder, .gguf file or preset, and one window")
+    if out is not None:
+        _check_folder(out)
+    command = sections.command("cost", *models, context=context, windows=windows, out=out, measure=measure)
+    configs = {name: convert_lib.read_config(name).replace(dtype="bfloat16") for name in models}
     made = [cost_lib.section(configs, windows=windows, context=context)]
     if measure:
         name, config = next(iter(configs.items()))
@@ -359,7 +390,7 @@ def cost(
     for section in made:
         _print_section(section)
         if out is not None:
-            sections.save(out / f"{section.name}.json", section)
+            sections.save(out / f"{section.name}.json", dataclasses.replace(section, command=command))
 
 
 def recall(
@@ -397,6 +428,7 @@ def recall(
     from allmem_jax import evaluation_report, prompts, sections
     from allmem_jax import tasks as tasks_lib
 
+    _check_folder(out)
     asked = prompts.read_questions(questions) if questions else []
     named = evaluation_report.read_texts(texts)
     config, params, tokenizer = _load(model, mixing)
@@ -407,7 +439,7 @@ def recall(
     )
     section = tasks_lib.section(
         settings, backbone, tokenizer, named, variants, questions=asked, parts=out / "parts",
-        source=tasks_lib.fingerprint(model), command=tasks_lib.command(model, texts, questions, settings, config),
+        source=tasks_lib.fingerprint(model), command=tasks_lib.command(model, texts, questions, settings, config, out),
     )  # fmt: skip
     sections.save(out / f"{section.name}.json", section)
     _print_section(section)
@@ -449,16 +481,18 @@ def longbench(
     from allmem_jax import longbench as longbench_lib
     from allmem_jax import longbench_data, sections
 
+    _check_folder(out)
     plan = longbench_data.prepare(data, longbench_data.Settings(suite, tasks, limit, max_length, chat, batch))
     for line in plan.skipped:
         _say(f"left out: {line}")
     memory: Any = next((name for name in mixers if name in config_lib.MEMORY_MIXERS), mixing.mixer)
     config, params, tokenizer = _load(model, dataclasses.replace(mixing, mixer=memory))
     mixers = mixers or (config.mixer,)
+    _check_window(mixing, mixers)
     variants = longbench_lib.variants(config, params, mixers)
     progress = _progress(sum(plan.counts) * len(variants), "answering")
     results = longbench_lib.run(plan, params, tokenizer, variants, out, lambda: progress(1))
-    section = longbench_lib.section(results, longbench_lib.command(str(model), plan, config, mixers))
+    section = longbench_lib.section(results, longbench_lib.command(str(model), plan, config, mixers, out))
     sections.save(out / f"{suite}.json", section)
     _print_section(section)
 
@@ -468,6 +502,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if argv is None else list(argv)
     if arguments[:1] == ["lm-eval"]:
         return _lm_eval(arguments[1:])
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # an ASCII terminal gets all that it can show
     app = tyro.extras.SubcommandApp()
     for command in (convert, generate, chat, evaluate, recall, report, info, cost, longbench):
         app.command(command)
@@ -478,18 +514,33 @@ def main(argv: Sequence[str] | None = None) -> int:
                 prog="allmem",
                 description="Language models with a constant-size state. `allmem lm-eval ARGUMENTS` is the command of "
                 "lm-evaluation-harness, which knows them as --model allmem.",
-                args=argv,
+                args=_prompt_last(arguments) if arguments[:1] == ["generate"] else arguments,
                 config=(tyro.conf.FlagCreatePairsOff,),
             )
         except BrokenPipeError:  # whoever read our output has left
             sys.stdout = None
             return 141
+        except UnicodeDecodeError as error:
+            _say(f"error: standard input is not UTF-8 text: byte {error.start} cannot be decoded")
+            return 2
         except (ValueError, OSError, NotImplementedError) as error:
             _say(f"error: {error}")
             return 2
         except KeyboardInterrupt:
             return 130
     return code or 0
+
+
+def _prompt_last(arguments: list[str]) -> list[str]:
+    """Puts a prompt that begins with a dash last, after --, where it is no option: those have two dashes and no space.
+
+    What follows an option stays where it is, as it may be its value.
+    """
+    for place, (before, word) in enumerate(itertools.pairwise(arguments), 1):
+        option = word == "-h" or (word.startswith("--") and " " not in word.partition("=")[0])
+        if word.startswith("-") and not option and not before.startswith("-") and "--" not in arguments:
+            return [*arguments[:place], *arguments[place + 1 :], "--", word]
+    return arguments
 
 
 def _lm_eval(arguments: list[str]) -> int:
@@ -499,50 +550,56 @@ def _lm_eval(arguments: list[str]) -> int:
     except ImportError as error:
         _say(f"error: {error}")
         return 2
-    harness.main(arguments)
-    return 0
+    return harness.main(arguments)
 
 
 def _load(model: pathlib.Path, mixing: Mixing) -> tuple[Any, Any, Any]:
     """Config, parameters and tokenizer as `mixing` asks for; a memory that is asked for and missing is made."""
-    from allmem_jax import config as config_lib
     from allmem_jax import convert as convert_lib
-    from allmem_jax import model as model_lib
 
     _say(f"reading {model}")
-    given = _set(dict(mixer=mixing.mixer, window=mixing.window, sinks=mixing.sinks, chunk=mixing.chunk))
-    config, params, tokenizer = convert_lib.load_pretrained(model, dtype=mixing.dtype, **given)
+    config, params, tokenizer = convert_lib.load_pretrained(model, **_set(vars(mixing)))
     if tokenizer is None:
         raise ValueError(f"{model} has no tokenizer: copy the original model's tokenizer.json into it")
-    remembers = "memory" in params["layers"]
-    config = config.replace(mixer=mixing.mixer or (config.memory_mixer if remembers else "full"))
-    if config.mixer in config_lib.MEMORY_MIXERS and not remembers:
-        _say(f"{model} has no memory: an untrained one is added, which changes nothing yet")
-        params = model_lib.merge_params(params, model_lib.init_memory(config))
     return config, params, tokenizer
 
 
-def _read_config(name: str) -> Any:
-    """The config of a folder, a .gguf file or a preset, without reading weights."""
-    from allmem_jax import config as config_lib
+def _check_window(mixing: Mixing, mixers: Sequence[str]) -> None:
+    """Refuses sizes that nothing would use."""
+    given = _set({name: getattr(mixing, name) for name in ("window", "sinks", "chunk")})
+    if given and set(mixers) == {"full"}:
+        options = " ".join(f"--{name} {value}" for name, value in given.items())
+        raise ValueError(
+            f"{options}: the model runs with full attention, which has none: add --mixer swa, or leave it out"
+        )
 
-    path = pathlib.Path(name).expanduser()
-    if not path.exists():
-        if "/" in name or name.endswith(".gguf"):
-            raise FileNotFoundError(f"{name}: no such file or folder")
-        return config_lib.preset(name)
-    from allmem_jax import convert as convert_lib
-    from allmem_jax import families, gguf_reader
 
-    if path.is_file():
-        file = gguf_reader.open_gguf(path)
-        factors = file.read("rope_freqs.weight") if "rope_freqs.weight" in file.tensors else None
-        return families.config_from_gguf(file.metadata, {k: v.shape for k, v in file.tensors.items()}, factors)
-    if (path / convert_lib.ALLMEM_CONFIG).is_file():
-        return config_lib.ModelConfig.from_json((path / convert_lib.ALLMEM_CONFIG).read_text())
-    if not (path / "config.json").is_file():
-        raise FileNotFoundError(f"{path} has no config.json: give a Hugging Face folder, a .gguf file or a preset")
-    return families.config_from_hf(json.loads((path / "config.json").read_text()))
+def _check_folder(out: pathlib.Path) -> None:
+    """Refuses a folder that cannot be written to, before anything is measured for it."""
+    exists = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
+    if not exists.is_dir() or not os.access(exists, os.W_OK):
+        raise OSError(f"{exists} is {'not writable' if exists.is_dir() else 'a file'}: give another folder")
+
+
+def _stops(given: tuple[tuple[str, ...], ...]) -> tuple[str, ...]:
+    """The stop strings of all --stop."""
+    stops = tuple(_unicode("--stop", stop) for several in given for stop in several)
+    if "" in stops:
+        raise ValueError("--stop is empty: give the text to stop at")
+    return stops
+
+
+def _switch(thinking: Thinking | None) -> bool | None:
+    return None if thinking is None else thinking == "on"
+
+
+def _unicode(what: str, text: str) -> str:
+    """`text`, or a ValueError where it was not UTF-8: Python keeps such bytes as halves of surrogates."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{what} is not UTF-8 text: character {error.start} cannot be decoded") from None
+    return text
 
 
 def _set(options: dict[str, Any]) -> dict[str, Any]:
@@ -551,7 +608,7 @@ def _set(options: dict[str, Any]) -> dict[str, Any]:
 
 def _ask() -> str:
     try:
-        return input("> " if sys.stdin.isatty() else "").strip()
+        return _unicode("the message", input("> " if sys.stdin.isatty() else "").strip())
     except EOFError:
         return ""
 

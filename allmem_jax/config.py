@@ -83,7 +83,8 @@ class ModelConfig:
       chunk: tokens between two updates of the memory; plays no part in the baselines, which write every token.
 
     Memory (the baselines share n_mem, conv_kernel, alpha_init and write, "mamba2" d_mem too):
-      n_mem, d_mem: heads and their dimension; n_mem None means n_kv_heads.
+      n_mem, d_mem: heads and their dimension; n_mem None means n_kv_heads. What a preset or a checkpoint without a
+        memory gives is `default_n_mem`.
       mem_expansion: hidden size of the fast weights over d_mem.
       conv_kernel: taps of the causal depthwise convolutions.
       read_out: what is read of the memory: "difference" f(W, q) - f(W_init, q), what it has learned and nothing until
@@ -327,10 +328,19 @@ _LLAMA32 = dict(
     rope_scaling=RopeScaling("llama3", factor=32.0, original_length=8192),
 )  # fmt: skip
 _GEMMA3 = dict(
-    family="gemma3_text", vocab_size=262144, n_heads=4, n_kv_heads=1, head_dim=256, n_mem=4, rope_theta=1e6,
-    norm_eps=1e-6, qk_norm=True, activation="gelu_tanh", sandwich_norms=True, norm_offset=1.0, query_scale=256**-0.5,
+    family="gemma3_text", vocab_size=262144, n_heads=4, n_kv_heads=1, head_dim=256, rope_theta=1e6, norm_eps=1e-6,
+    qk_norm=True, activation="gelu_tanh", sandwich_norms=True, norm_offset=1.0, query_scale=256**-0.5,
     local_window=512, local_rope_theta=10_000.0, max_length=32768,
 )  # fmt: skip
+
+
+def default_n_mem(n_kv_heads: int) -> int:
+    """Heads that the memory of a pretrained model has where nothing else is asked for.
+
+    As many as there are key heads, but no more than the 8 whose 8 x 64 channels the paper has, and 4 for models with
+    one or two, whose memory would be too small.
+    """
+    return 4 if n_kv_heads < 3 else min(n_kv_heads, 8)
 
 
 def five_to_one(n_layers: int) -> tuple[bool, ...]:
@@ -341,13 +351,12 @@ def five_to_one(n_layers: int) -> tuple[bool, ...]:
 PRESETS: dict[str, dict[str, Any]] = {
     "smollm2-135m": dict(_SMOLLM2, d_model=576, n_layers=30, n_heads=9, n_kv_heads=3, d_ff=1536),
     "smollm2-360m": dict(_SMOLLM2, d_model=960, n_layers=32, n_heads=15, n_kv_heads=5, d_ff=2560),
-    "smollm2-1.7b": dict(_SMOLLM2, d_model=2048, n_layers=24, n_heads=32, n_kv_heads=32, d_ff=8192, n_mem=8,
+    "smollm2-1.7b": dict(_SMOLLM2, d_model=2048, n_layers=24, n_heads=32, n_kv_heads=32, d_ff=8192,
                          rope_theta=130_000.0),
     "qwen3-0.6b": dict(_QWEN3, d_model=1024, d_ff=3072),
     "qwen3-1.7b": dict(_QWEN3, d_model=2048, d_ff=6144),
-    "qwen2.5-0.5b": dict(_QWEN25, d_model=896, n_layers=24, n_heads=14, n_kv_heads=2, head_dim=64, d_ff=4864, n_mem=4),
-    "qwen2.5-1.5b": dict(_QWEN25, d_model=1536, n_layers=28, n_heads=12, n_kv_heads=2, head_dim=128, d_ff=8960,
-                         n_mem=4),
+    "qwen2.5-0.5b": dict(_QWEN25, d_model=896, n_layers=24, n_heads=14, n_kv_heads=2, head_dim=64, d_ff=4864),
+    "qwen2.5-1.5b": dict(_QWEN25, d_model=1536, n_layers=28, n_heads=12, n_kv_heads=2, head_dim=128, d_ff=8960),
     "llama-3.2-1b": dict(_LLAMA32, d_model=2048, n_layers=16, n_heads=32, head_dim=64, d_ff=8192),
     "llama-3.2-3b": dict(_LLAMA32, d_model=3072, n_layers=28, n_heads=24, head_dim=128, d_ff=8192),
     "mistral-7b": dict(family="mistral", vocab_size=32768, d_model=4096, n_layers=32, n_heads=32, n_kv_heads=8,
@@ -370,4 +379,5 @@ def preset(name: str, **changes: Any) -> ModelConfig:
         close = difflib.get_close_matches(name, PRESETS, n=1)
         hint = f": did you mean {close[0]!r}?" if close else "."
         raise ValueError(f"no preset {name!r}{hint} There are {', '.join(PRESETS)}")
-    return ModelConfig(**PRESETS[name]).replace(**changes)
+    sizes = PRESETS[name]
+    return ModelConfig(**{"n_mem": default_n_mem(sizes["n_kv_heads"]), **sizes}).replace(**changes)

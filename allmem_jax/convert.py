@@ -421,7 +421,8 @@ def save_pretrained(
         raw["bos_token_id"] = tokenizer.bos_token_id
         stated = {"the config": config.eos_tokens, "the tokenizer": ends.of_tokenizer(tokenizer)}
         config = config.replace(eos_tokens=ends.gather(stated, config.vocab_size))
-    generation = {"eos_token_id": list(config.eos_tokens) or None}
+    listed = list(config.eos_tokens)
+    generation = {"eos_token_id": listed if len(listed) > 1 else listed[0] if listed else None}
     raw |= generation
     path.parent.mkdir(parents=True, exist_ok=True)
     part = pathlib.Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))

@@ -230,7 +230,7 @@ def section(
     return sections.Section(
         name="cost",
         title="Cost of a token and bytes of state by context length",
-        command=f"allmem cost {' '.join(models)}",
+        command=sections.command("cost", *models, context=context, windows=tuple(windows)),
         text=(*(_finding(case, cases[case].memory_mixer, less, context) for case, less in lessening.items()), counted),
         tables=(_token_table(cases, context), _parameter_table(models)),
         plots=tuple(plots),

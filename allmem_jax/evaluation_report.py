@@ -68,8 +68,11 @@ def measure(
       command: what makes the section again.
 
     Raises:
-      ValueError: a text is too short, or the model's outputs are not finite.
+      ValueError: a size is not positive, a text is too short, or the model's outputs are not finite.
     """
+    for name, value in (("length", length), ("sequences", sequences), ("batch", batch)):
+        if value < 1:
+            raise ValueError(f"{name}={value} must be at least 1")
     config = config.replace(mixer="swa") if config.mixer == "full" else config
     backbone, memory = model.split_params(params)
     tokens = {}

@@ -217,6 +217,7 @@ def config_from_hf(raw: Mapping[str, Any]) -> config_lib.ModelConfig:
         raise ValueError(f"hidden_act={fields.shown(act)} is not supported; supported: {', '.join(_ACTIVATIONS)}")
     bias = bool(raw.get("attention_bias", False)) and family != "mistral"
     n_heads, n_layers = raw["num_attention_heads"], raw["num_hidden_layers"]
+    n_kv_heads = raw.get("num_key_value_heads", n_heads)
     theta, scaling, local_theta = _rope_from_hf(raw)
     local_layers = _local_layers(raw, family)
     return config_lib.ModelConfig(
@@ -225,7 +226,7 @@ def config_from_hf(raw: Mapping[str, Any]) -> config_lib.ModelConfig:
         d_model=raw["hidden_size"],
         n_layers=n_layers,
         n_heads=n_heads,
-        n_kv_heads=raw.get("num_key_value_heads", n_heads),
+        n_kv_heads=n_kv_heads,
         head_dim=_head_dim(raw),
         d_ff=raw["intermediate_size"],
         rope_theta=theta,
@@ -245,6 +246,7 @@ def config_from_hf(raw: Mapping[str, Any]) -> config_lib.ModelConfig:
         local_window=raw["sliding_window"] if any(local_layers) else None,
         local_rope_theta=local_theta if gemma else None,
         max_length=raw["max_position_embeddings"],
+        n_mem=config_lib.default_n_mem(n_kv_heads),
     )
 
 

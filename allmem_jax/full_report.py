@@ -128,17 +128,16 @@ def run(settings: Settings, load: Callable[[], tuple[Any, Any, Any]]) -> tuple[p
         section, ok = finish(part, settings.out / "sections" / f"{part.name}-{key(common | part.settings)}.json")
         measured.append(section)
         failed += [] if ok else [part.name]
-    shown = (summary(settings.model, config, machine, [*measured, *included]), *measured, *included)
+    shown = (summary(settings, config, machine, [*measured, *included]), *measured, *included)
     page = report.write(settings.out, report.Report(f"Report on {settings.model.name}", shown, failed=tuple(failed)))
     return page, tuple(failed)
 
 
 def read_config(folder: pathlib.Path) -> config_lib.ModelConfig:
     """The config of a converted model, without its weights."""
-    path = folder / convert.ALLMEM_CONFIG
-    if not path.is_file():
+    if not (folder / convert.ALLMEM_CONFIG).is_file():
         raise FileNotFoundError(f"{folder} is not a converted model: make one of it with allmem convert {folder} OUT")
-    return config_lib.ModelConfig.from_json(path.read_text())
+    return convert.read_config(folder)
 
 
 def key(settings: dict[str, Any]) -> str:
@@ -179,9 +178,7 @@ def _distance(given: Given) -> Part:
     settings, texts = given.settings, given.texts
     length, sequences = settings.length or max(2048, 2 * given.config.window), settings.sequences
     sizes = {"length": length, "sequences": sequences}
-    files = map(str, settings.texts)
-    flags = _flags(sizes | {"dtype": settings.dtype})
-    command = shlex.join(["allmem", "evaluate", str(settings.model), *files, *flags])
+    command = sections.command("evaluate", settings.model, *settings.texts, **sizes, dtype=settings.dtype)
 
     def measure() -> sections.Section:
         loaded = given.load()
@@ -216,7 +213,7 @@ def _answers(given: Given) -> Part:
         section = tasks.section(
             asked, backbone, tokenizer, texts, variants, questions=questions,
             parts=settings.out / "sections" / "answers", source=tasks.fingerprint(settings.model),
-            command=f"{command} {shlex.join(dtype)}",
+            command=command,
         )  # fmt: skip
         return dataclasses.replace(section, text=(*section.text, *(f"Left out: {why}." for why in left_out.values())))
 
@@ -236,7 +233,7 @@ def _misfit(maker: prompts.Prompts, task: str, length: int, samples: int) -> str
 def _cost(given: Given) -> Part:
     """Operations and bytes by formula, for this shape and its window."""
     folder, window = given.settings.model, given.config.window
-    command = shlex.join(["allmem", "cost", str(folder), "--windows", str(window)])
+    command = sections.command("cost", folder, windows=window)
 
     def measure() -> sections.Section:
         section = cost.section({folder.name: given.config.replace(dtype="bfloat16")}, windows=(window,))
@@ -248,7 +245,7 @@ def _cost(given: Given) -> Part:
 def _latency(given: Given) -> Part:
     """Times on this machine, for two layers of this shape."""
     folder = given.settings.model
-    command = shlex.join(["allmem", "cost", str(folder), "--measure"])
+    command = sections.command("cost", folder, measure=True)
 
     def measure() -> sections.Section:
         section = latency.section(latency.small(given.config), folder.name)
@@ -283,13 +280,15 @@ def _flags(options: dict[str, Any]) -> list[str]:
 
 
 def summary(
-    folder: pathlib.Path, config: config_lib.ModelConfig, machine: dict[str, str], shown: Sequence[sections.Section]
+    settings: Settings, config: config_lib.ModelConfig, machine: dict[str, str], shown: Sequence[sections.Section]
 ) -> sections.Section:
     """The model, the machine, and what each section found."""
+    given = dict(vars(settings))
+    command = sections.command("report", given.pop("model"), *given.pop("texts"), **given)
     groups = cost.parameter_groups(config)
     total, added = sum(groups.values()), groups["memory"]
     facts = {
-        "model": f"{folder}: {config.family}, {config.n_layers} layers of {config.d_model}",
+        "model": f"{settings.model}: {config.family}, {config.n_layers} layers of {config.d_model}",
         "attention": f"window {config.window}, sinks {config.sinks}",
         "memory": f"{config.memory_mixer}, {config.memory_heads} heads, chunk {config.chunk}",
         "parameters": f"{total / 1e6:.1f} M, of which conversion added {added / 1e6:.1f} M ({added / total:.1%})",
@@ -301,7 +300,7 @@ def summary(
         sections.Table("What was found", ("section", "finding"), found),
         sections.Table("Model and machine", ("", ""), tuple(facts.items())),
     )
-    return sections.Section("summary", "Summary", "", tables=tables, data=facts)
+    return sections.Section("summary", "Summary", command, tables=tables, data=facts)
 
 
 def say(message: str) -> None:

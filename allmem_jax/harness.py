@@ -9,7 +9,9 @@ Requests are encoded, truncated and answered as lm_eval's Hugging Face model doe
 """
 
 import functools
+import inspect
 import logging
+import pathlib
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -21,14 +23,20 @@ import numpy as np
 import tqdm
 
 from allmem_jax import config as config_lib
-from allmem_jax import convert, functional, generation, model, text
+from allmem_jax import convert, functional, generation, harness_arguments, model, text
+from allmem_jax import tokenizer as tokenizer_lib
 
 try:
     import lm_eval.__main__
     from lm_eval import utils as lm_eval_utils
     from lm_eval.api.model import TemplateLM
     from lm_eval.api.registry import register_model
-    from lm_eval.models.utils import Collator, normalize_gen_kwargs, postprocess_generated_text
+    from lm_eval.models.utils import (
+        Collator,
+        handle_stop_sequences,
+        normalize_gen_kwargs,
+        postprocess_generated_text,
+    )
 except ImportError as error:
     raise ImportError(f"allmem_jax.harness needs lm_eval ({error}): pip install 'allmem-jax[eval]'") from None
 
@@ -76,17 +84,27 @@ class AllMemHarness(TemplateLM):
 
     def __init__(
         self,
-        pretrained: str,
+        pretrained: str = "",
         mixer: str | None = None,
         window: int | None = None,
         sinks: int | None = None,
         chunk: int | None = None,
         write: bool | None = None,
-        dtype: str = "float32",
+        dtype: Any = "float32",
         batch_size: int | str = 1,
-        max_length: int | None = None,
         max_batch_size: int | None = None,
+        max_length: int | None = None,
         device: str | None = None,
+        subfolder: str | None = None,
+        gguf_file: str | None = None,
+        tokenizer: str | None = None,
+        truncation: bool | None = None,
+        add_bos_token: bool | None = None,
+        prefix_token_id: int | None = None,
+        think_end_token: str | int | None = None,
+        enable_thinking: bool | None = None,
+        chat_template_args: dict[str, Any] | None = None,
+        **others: Any,
     ):
         """Loads the model.
 
@@ -96,30 +114,72 @@ class AllMemHarness(TemplateLM):
             default: the memory where there is one, else "full".
           window, sinks, chunk, write: replace what the model was converted with; write=False is a memory that
             nothing is written to.
-          dtype: "float32" or "bfloat16".
-          batch_size: rows of a batch.
+          dtype: "float32", "bfloat16", or "auto" for that of the weights.
+          batch_size: rows of a batch; "auto" is 8, or `max_batch_size` if that is less.
+          max_batch_size: nothing without "auto".
           max_length: longer inputs lose their first tokens; default: 131072 tokens, with mixer "full" as many as the
             model was trained on.
-          max_batch_size, device: lm_eval hands them to every model; JAX chooses the device.
+          device: JAX chooses it; a line says so where it chooses another.
+          subfolder, gguf_file: in `pretrained`.
+          tokenizer: another folder to take it from.
+          truncation: cut prompts to the tokenizer's own longest length before they are continued.
+          add_bos_token: whether texts begin with the tokenizer's BOS; default: as it does it by itself.
+          prefix_token_id: see the property.
+          think_end_token: of what is generated, only what follows this text or id counts.
+          enable_thinking, chat_template_args: handed to the chat template.
+          **others: the other arguments of lm_eval's Hugging Face model, see `harness_arguments`.
 
         Raises:
-          ValueError: no tokenizer, a mixer that the model has no memory for, or a number out of range.
+          ValueError: an argument that is not known or cannot be served, no tokenizer, a mixer that the model has no
+            memory for, or a number out of range.
         """
         super().__init__()
-        if not str(batch_size).isdigit() or int(batch_size) < 1:
-            raise ValueError(f"batch_size={batch_size!r} must be a positive number: batches here are of one size")
+        if not pretrained:
+            raise ValueError("pretrained is missing: give --model_args pretrained=FOLDER, or a .gguf file")
+        known = [name for name in inspect.signature(AllMemHarness).parameters if name != "others"]
+        harness_arguments.check_others(others, known)
+        integers = dict(window=window, sinks=sinks, chunk=chunk, max_batch_size=max_batch_size, max_length=max_length)
+        harness_arguments.check_kinds(int, prefix_token_id=prefix_token_id, **integers)
+        flags = dict(write=write, truncation=truncation, add_bos_token=add_bos_token, enable_thinking=enable_thinking)
+        harness_arguments.check_kinds(bool, **flags)
+        harness_arguments.check_kinds(dict, chat_template_args=chat_template_args)
+        if max_length is not None and max_length < 1:
+            raise ValueError(f"max_length={max_length} must be at least 1")
+        if enable_thinking and think_end_token is None:
+            raise ValueError("enable_thinking=True needs think_end_token, the text or id that ends what was thought")
+        self.batch_size = harness_arguments.batch_size(batch_size, max_batch_size)
+        self.pretrained = str(harness_arguments.locate(str(pretrained), subfolder, gguf_file))
+        self.truncation, self.add_bos_token, self._prefix_token_id = truncation, add_bos_token, prefix_token_id
+        thinking = {} if enable_thinking is None else {"enable_thinking": enable_thinking}
+        self.enable_thinking, self.chat_template_args = enable_thinking, (chat_template_args or {}) | thinking
+        numbered = isinstance(think_end_token, str) and think_end_token.isdigit()
+        self.think_end_token = int(think_end_token) if numbered and think_end_token else think_end_token
         fields = dict(mixer=mixer, window=window, sinks=sinks, chunk=chunk, write=write)
-        given = {name: value for name, value in fields.items() if value is not None}
+        self._load({name: value for name, value in fields.items() if value is not None}, dtype, tokenizer)
+        harness_arguments.say_device(device)
+        self.max_length = max_length or (self.config.max_length if self.config.mixer == "full" else MAX_LENGTH)
+
+    def _load(self, fields: dict[str, Any], dtype: Any, tokenizer: str | None) -> None:
+        """The model with some fields of its config replaced, its tokenizer or another, and what ends a text."""
+        path, mixer = pathlib.Path(self.pretrained), fields.get("mixer")
+        if mixer in config_lib.MEMORY_MIXERS and path.exists() and not (path / convert.ALLMEM_WEIGHTS).is_file():
+            raise ValueError(f"mixer={mixer!r}, and {path} has no memory: convert it, or give mixer=swa or full")
         self.tokenizer: Any
-        config, self.params, self.tokenizer = convert.load_pretrained(pretrained, dtype=dtype, **given)
+        dtype = harness_arguments.dtype(dtype, path)
+        self.config, self.params, self.tokenizer = convert.load_pretrained(path, dtype=dtype, **fields)
+        self.tokenizer = self.tokenizer if tokenizer is None else tokenizer_lib.load_tokenizer(tokenizer)
         if self.tokenizer is None or self.tokenizer.eos_token_id is None:
-            raise ValueError(f"{pretrained} has no tokenizer with an end of text: copy the original's into it")
-        remembers = "memory" in self.params["layers"]
-        self.config = config.replace(mixer=mixer or (config.memory_mixer if remembers else "full"))
-        if self.config.mixer in config_lib.MEMORY_MIXERS and not remembers:
-            raise ValueError(f"mixer={mixer!r}, and {pretrained} has no memory: convert it, or give mixer=swa or full")
-        self.pretrained, self.batch_size = str(pretrained), int(batch_size)
-        self.max_length = max_length or (config.max_length if self.config.mixer == "full" else MAX_LENGTH)
+            raise ValueError(f"{tokenizer or path} has no tokenizer with an end of text: copy the original's into it")
+        vocabulary = self.config.vocab_size
+        if tokenizer is not None and len(self.tokenizer) > vocabulary:
+            raise ValueError(f"tokenizer={tokenizer!r} has {len(self.tokenizer)} tokens, and the model {vocabulary}")
+        if not 0 <= self.prefix_token_id < vocabulary:
+            raise ValueError(f"prefix_token_id={self.prefix_token_id} is outside the vocabulary of {vocabulary}")
+        if self.add_bos_token is not None:
+            self.tokenizer.add_bos_token = self.add_bos_token
+        ends = None if (path / convert.ALLMEM_CONFIG).is_file() else harness_arguments.end_tokens(path)
+        stops = text.stop_tokens(self.tokenizer, self.config) if ends is None else ends
+        self.stop_tokens = sorted({*stops, self.tokenizer.eos_token_id})
 
     @classmethod
     def create_from_arg_obj(cls, arg_dict: dict, additional_config: dict | None = None) -> "AllMemHarness":
@@ -134,9 +194,9 @@ class AllMemHarness(TemplateLM):
 
     @property
     def prefix_token_id(self) -> int:
-        """What comes before a text that has no context: the tokenizer's BOS, or its end of text without one."""
-        bos = self.tokenizer.bos_token_id
-        return self.eot_token_id if bos is None else bos
+        """What comes before a text that has no context: as asked, or the tokenizer's BOS, or its end of text."""
+        choices = (self._prefix_token_id, self.tokenizer.bos_token_id, self.eot_token_id)
+        return next(choice for choice in choices if choice is not None)
 
     @property
     def tokenizer_name(self) -> str:
@@ -153,23 +213,44 @@ class AllMemHarness(TemplateLM):
         """Tokens of a text; a BOS that the text has already, from a chat template, is not put there again."""
         if add_special_tokens is None and string.startswith(self.tokenizer.decode(self.prefix_token_id)):
             add_special_tokens = False
-        options = {} if add_special_tokens is None else {"add_special_tokens": add_special_tokens}
-        return self.tokenizer.encode(string, **options)
+        return self._encode(string, self.add_bos_token if add_special_tokens is None else add_special_tokens)
+
+    def _encode_prompt(self, string: str) -> list[int]:
+        """Tokens of what is to be continued, for which lm_eval's own model looks for the BOS alone."""
+        begun = self.tokenizer.bos_token is not None and string.startswith(self.tokenizer.bos_token)
+        ids = self._encode(string, False if begun else self.add_bos_token, truncation=bool(self.truncation))
+        return ids or [self.prefix_token_id]
+
+    def _encode(self, string: str, special: bool | None, **options: Any) -> list[int]:
+        return self.tokenizer.encode(string, **({} if special is None else {"add_special_tokens": special}), **options)
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """A conversation as text, without its system message where the template refuses one."""
-        ending = dict(add_generation_prompt=add_generation_prompt, continue_final_message=not add_generation_prompt)
+        options = dict(tokenize=False, add_generation_prompt=add_generation_prompt) | self.chat_template_args
+        options["continue_final_message"] = not add_generation_prompt
         try:
-            return self.tokenizer.apply_chat_template(chat_history, tokenize=False, **ending)
+            return self.tokenizer.apply_chat_template(chat_history, **options)
         except jinja2.TemplateError:
             logger.warning("the chat template failed: the system message is left out")
             rest = [message for message in chat_history if message["role"] != "system"]
-            return self.tokenizer.apply_chat_template(rest, tokenize=False, **ending)
+        try:
+            return self.tokenizer.apply_chat_template(rest, **options)
+        except jinja2.TemplateError as error:
+            raise ValueError(
+                f"the chat template fails ({error}): leave out --apply_chat_template, or mend it"
+            ) from None
+
+    def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        """For (context, continuation) the log-probability of the continuation, and whether it is greedy."""
+        if self.enable_thinking:
+            raise ValueError("enable_thinking=True is for tasks that generate, and one of these scores given texts")
+        return super().loglikelihood(requests, disable_tqdm)
 
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False, **kwargs: Any
     ) -> list[tuple[float, bool]]:
         """For (key, context, continuation) the log-probability of the continuation, and whether it is greedy."""
+        self._warn_beyond(max((len(context) + len(rest) for _, context, rest in requests), default=0))
         collator = Collator(requests, sort_fn=lambda r: (-len(r[1]) - len(r[2]), tuple(r[1] + r[2])))
         answers = []
         with _progress(len(requests), "scoring", disable_tqdm) as bar:
@@ -193,6 +274,12 @@ class AllMemHarness(TemplateLM):
         if len(ids) > room:
             logger.warning("%d tokens, max_length=%d: the first are left out", len(ids), self.max_length)
         return ids[-room:]
+
+    def _warn_beyond(self, longest: int) -> None:
+        """A line where inputs that are read whole are longer than those that the model was trained on."""
+        trained = self.config.max_length
+        if min(longest, self.max_length) > trained:
+            logger.warning("inputs have up to %d tokens, and the model was trained on %d", longest, trained)
 
     def _score(self, rows: list[list[int]]) -> list[tuple[np.ndarray, np.ndarray]]:
         """What `score` says of all tokens of each row but the first."""
@@ -220,9 +307,11 @@ class AllMemHarness(TemplateLM):
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
         """Continuations up to a stop string, the end of a text or turn, or `max_gen_toks` (256 unless told)."""
+        lengths = {context: len(self.tok_encode(context)) for context, _ in (request.args for request in requests)}
+        self._warn_beyond(max(lengths.values(), default=0))
         collator = Collator(
             [request.args for request in requests],
-            sort_fn=lambda pair: (-len(self.tok_encode(pair[0])), pair[0]),
+            sort_fn=lambda pair: (-lengths[pair[0]], pair[0]),
             group_by="gen_kwargs",
             group_fn=lambda pair: pair[1],
         )
@@ -239,7 +328,8 @@ class AllMemHarness(TemplateLM):
     def _continue(self, contexts: list[str], settings: dict[str, Any], seed: int) -> list[str]:
         """One batch of `generate_until`."""
         options: dict[str, Any] = dict(normalize_gen_kwargs(settings, 256))
-        until, most = [term for term in options.pop("until") if term], options.pop("max_gen_toks")
+        eos = self.tokenizer.decode(self.eot_token_id)
+        until, most = handle_stop_sequences(options.pop("until"), eos), options.pop("max_gen_toks")
         drawn = {name: options.pop(name) for name in ("temperature", "top_k", "top_p") if name in options}
         sampling = generation.Sampling(**drawn) if options.pop("do_sample") else generation.GREEDY
         if options.pop("num_beams", 1) != 1 or options:
@@ -247,51 +337,73 @@ class AllMemHarness(TemplateLM):
                              "and top_p can be set")  # fmt: skip
         if most >= self.max_length:
             raise ValueError(f"max_gen_toks={most} leaves no room for a prompt in max_length={self.max_length}")
-        encoded = [self.tok_encode(context) or [self.prefix_token_id] for context in contexts]
-        prompts = [self._fit(ids, self.max_length - most) for ids in encoded]
-        answers = self._generate(prompts, most, sampling, until, seed)
-        found = [str(self.tokenizer.decode(ids, skip_special_tokens=True)) for ids in answers]
-        return [postprocess_generated_text(generation=answer, stop=until, think_end_token=None) for answer in found]
+        prompts = [self._fit(self._encode_prompt(context), self.max_length - most) for context in contexts]
+        answers = self._generate(prompts, most, sampling, [term for term in until if term], seed)
+        return [self._text(ids, until) for ids in answers]
+
+    def _text(self, ids: list[int], until: list[str]) -> str:
+        """What counts of an answer: it begins after what was thought and ends before the first stop string."""
+        thought = self.think_end_token
+        if not isinstance(thought, int):
+            found = str(self.tokenizer.decode(ids, skip_special_tokens=True))
+            return postprocess_generated_text(generation=found, stop=until, think_end_token=thought)
+        spoken = ids[len(ids) - ids[::-1].index(thought) :] if thought in ids else ids
+        found = str(self.tokenizer.decode(spoken, skip_special_tokens=True)).lstrip()
+        return postprocess_generated_text(generation=found, stop=until, think_end_token=None)
 
     def _generate(
         self, prompts: list[list[int]], most: int, sampling: generation.Sampling, until: list[str], seed: int
     ) -> list[list[int]]:
-        """Tokens after each prompt, until all have stopped; a stop string is at the end of what it ends."""
+        """Tokens after each prompt, until all have stopped; the end that a row stopped at is its last token."""
         longest, config = max(map(len, prompts)), self.config
         if config.mixer == "full":
             config = generation.full_as_windowed(config, longest + most)
         rows = prompts + [[self.prefix_token_id]] * (self.batch_size - len(prompts))
         logits, state = generation.prefill(self.params, config, rows)
-        stops = text.stop_tokens(self.tokenizer)
-        tail = 1 + max((len(term.encode()) for term in until), default=0)  # a token has a byte at least
         answers: list[list[int]] = [[] for _ in prompts]
         going = set(range(len(prompts)))
+        stops = self.stop_tokens
         for tokens, *_ in generation.stream(
             self.params, config, logits, state, max_tokens=most, sampling=sampling, stop_tokens=stops, seed=seed
         ):
             for index in sorted(going):
-                if tokens[index] in stops:
-                    going.remove(index)
-                    continue
                 answers[index].append(int(tokens[index]))
-                end = self.tokenizer.decode(answers[index][-tail:], skip_special_tokens=True)
-                if any(term in end for term in until):
+                if tokens[index] in stops or ends_with(self.tokenizer, answers[index], until):
                     going.remove(index)
             if not going:
                 break
         return answers
 
 
+def ends_with(tokenizer: text.Tokenizer, ids: list[int], until: Sequence[str]) -> bool:
+    """Whether the newest token completes a stop string, which may begin anywhere and hold special tokens.
+
+    A token has a byte at least, so no longer stretch can hold the string. Of four stretches one begins with a
+    character: the bytes of a cut one may hide what follows. Only what the whole text has counts.
+    """
+    longest = max((len(term.encode()) for term in until), default=0)
+    ends = (str(tokenizer.decode(ids[-longest - more :])) for more in range(4) if until)
+    if not any(term in end for end in ends for term in until):
+        return False
+    whole = str(tokenizer.decode(ids))
+    return any(term in whole for term in until)
+
+
 def _progress(total: int, what: str, disabled: bool) -> tqdm.tqdm:
     return tqdm.tqdm(total=total, desc=what, disable=disabled or not sys.stderr.isatty())
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """lm_eval's own command, which knows the model "allmem"."""
+def main(argv: Sequence[str] | None = None) -> int:
+    """lm_eval's own command, which knows the model "allmem"; 2 after an expected failure, which is one line."""
     if argv is not None:
         sys.argv = ["lm-eval", *argv]
-    lm_eval.__main__.cli_evaluate()
+    try:
+        lm_eval.__main__.cli_evaluate()
+    except (ValueError, OSError, NotImplementedError) as error:
+        print(f"allmem: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

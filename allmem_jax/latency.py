@@ -146,7 +146,7 @@ def section(config: config_lib.ModelConfig, name: str, **settings: Any) -> secti
     return sections.Section(
         name=f"latency-{pathlib.Path(name).name}",
         title=f"Time per token by context length, {name}",
-        command=f"allmem cost {name} --measure",
+        command=sections.command("cost", name, measure=True),
         text=(*(_finding(mixer, rows) for mixer in mixers), shape),
         tables=(sections.Table("one sequence; programs compiled so far by the mixer", HEADER, _cells(rows)),),
         plots=(

@@ -11,6 +11,7 @@ import json
 import os
 import pathlib
 import shlex
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -18,7 +19,8 @@ import jax
 import numpy as np
 
 from allmem_jax import config as config_lib
-from allmem_jax import evals, generation, longbench_data, model, sections, text
+from allmem_jax import evals, generation, longbench_data, model, prompts, sections, text
+from allmem_jax import tokenizer as tokenizer_lib
 
 TITLES = {
     "longbench": "LongBench",
@@ -42,19 +44,17 @@ def encode(tokenizer: text.Tokenizer, prompt: str, max_length: int, chat: bool) 
     """Tokens of a prompt and whether it was truncated: to its first and last `max_length` // 2 tokens.
 
     As published, the two halves are joined as text, put into the chat template and tokenized anew, so that the result
-    may be longer by the template's tokens. Models that can think aloud are told not to: answers are short.
+    may be longer by the template's tokens. ValueError where the template fails.
     """
-    ids = tokenizer.encode(prompt, verbose=False)
+    ids = tokenizer_lib.encode_prompt(tokenizer, prompt)
     truncated = len(ids) > max_length
     if truncated:
         half = max_length // 2
         prompt = "".join(str(tokenizer.decode(part, skip_special_tokens=True)) for part in (ids[:half], ids[-half:]))
     if not chat:
-        return (tokenizer.encode(prompt, verbose=False) if truncated else ids), truncated
-    rendered = tokenizer.apply_chat_template(
-        [{"role": "user", "content": prompt}], add_generation_prompt=True, tokenize=False, enable_thinking=False
-    )
-    return tokenizer.encode(str(rendered), add_special_tokens=False, verbose=False), truncated
+        return (tokenizer_lib.encode_prompt(tokenizer, prompt) if truncated else ids), truncated
+    rendered = prompts.render(tokenizer, prompt)
+    return tokenizer.encode(rendered, add_special_tokens=False, verbose=False), truncated
 
 
 def variants(config: config_lib.ModelConfig, params: model.Params, mixers: Sequence[str]) -> list[evals.Variant]:
@@ -146,16 +146,20 @@ def _run_task(
     settings = plan.settings
     chat = settings.chat == "always" or (settings.chat == "published" and task.chat and bool(tokenizer.chat_template))
     examples: list[longbench_data.Example] = []
-    prompts: list[list[int]] = []
+    encoded: list[list[int]] = []
     truncated = 0
     for example in longbench_data.read_examples(plan.folder, task, settings):
         tokens, shortened = encode(tokenizer, example.prompt, settings.max_length, chat)
         examples.append(example._replace(prompt=""))  # books need not stay in memory
-        prompts.append(tokens)
+        encoded.append(tokens)
         truncated += shortened
+    longest, trained = max(map(len, encoded)), models[0].config.max_length
+    if longest > trained:
+        message = f"{task.name}: prompts have up to {longest} tokens, and the model was trained on {trained}"
+        warnings.warn(message, stacklevel=2)
     scores = {}
     for each in models:
-        made = _predict(out / f"{task.name}.jsonl", each, task, tokenizer, examples, prompts, settings, progress)
+        made = _predict(out / f"{task.name}.jsonl", each, task, tokenizer, examples, encoded, settings, progress)
         scores[each.name] = [
             100 * longbench_data.score(task, prediction, example)
             for prediction, example in zip(made, examples, strict=True)
@@ -166,7 +170,7 @@ def _run_task(
         "chat": chat,
         "max_tokens": task.max_tokens,
         "groups": [example.group for example in examples],
-        "tokens": [len(prompt) for prompt in prompts],
+        "tokens": [len(prompt) for prompt in encoded],
         "truncated": truncated,
         "scores": scores,
     }
@@ -178,22 +182,22 @@ def _predict(
     task: longbench_data.Task,
     tokenizer: text.Tokenizer,
     examples: Sequence[longbench_data.Example],
-    prompts: Sequence[Sequence[int]],
+    encoded: Sequence[Sequence[int]],
     settings: longbench_data.Settings,
     progress: Callable[[], Any] | None,
 ) -> list[str]:
     """A prediction per example: out of the file where it is there, else made and appended to it."""
     known = load_predictions(path)
-    keys = [_key(each, task, prompt) for prompt in prompts]
+    keys = [_key(each, task, prompt) for prompt in encoded]
     found = [known.get((example.id, key)) for example, key in zip(examples, keys, strict=True)]
-    todo = sorted((i for i, prediction in enumerate(found) if prediction is None), key=lambda i: -len(prompts[i]))
+    todo = sorted((i for i, prediction in enumerate(found) if prediction is None), key=lambda i: -len(encoded[i]))
     if progress is not None:
         for _ in range(len(found) - len(todo)):
             progress()
     with open(path, "a", encoding="utf-8") as file:
-        for index, prediction in _generate(each, task, tokenizer, todo, prompts, settings):
+        for index, prediction in _generate(each, task, tokenizer, todo, encoded, settings):
             found[index] = prediction
-            row = {"id": examples[index].id, "mixer": each.name, "key": keys[index], "tokens": len(prompts[index]),
+            row = {"id": examples[index].id, "mixer": each.name, "key": keys[index], "tokens": len(encoded[index]),
                    "pred": prediction, "answers": examples[index].answers}  # fmt: skip
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
             file.flush()
@@ -213,18 +217,20 @@ def _generate(
     task: longbench_data.Task,
     tokenizer: text.Tokenizer,
     todo: Sequence[int],
-    prompts: Sequence[Sequence[int]],
+    encoded: Sequence[Sequence[int]],
     settings: longbench_data.Settings,
 ) -> Iterator[tuple[int, str]]:
     """Yields (index, text) in the order of `todo`; every batch is full, so that one program serves."""
-    stops = text.stop_tokens(tokenizer)
+    stops = text.stop_tokens(tokenizer, each.config)
     for start in range(0, len(todo), settings.batch):
         rows = todo[start : start + settings.batch]
         padded = [*rows, *[rows[-1]] * (settings.batch - len(rows))]
-        out = generation.generate(
-            each.params, each.config, [prompts[index] for index in padded], max_tokens=task.max_tokens,
-            stop_tokens=stops, piece=settings.piece,
-        )  # fmt: skip
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*the model was trained on")  # which was said once for the task
+            out = generation.generate(
+                each.params, each.config, [encoded[index] for index in padded], max_tokens=task.max_tokens,
+                stop_tokens=stops, piece=settings.piece,
+            )  # fmt: skip
         for index, tokens in zip(rows, out, strict=False):
             yield index, str(tokenizer.decode(tokens, skip_special_tokens=True))
 
@@ -251,18 +257,23 @@ def load_predictions(path: pathlib.Path) -> dict[tuple[str, str], str]:
     return found
 
 
-def command(model_path: str, plan: longbench_data.Plan, config: config_lib.ModelConfig, mixers: Sequence[str]) -> str:
-    """What a user types to get a run's figures again."""
-    sizes = {name: getattr(config, name) for name in ("window", "sinks", "chunk", "dtype")}
-    defaults = longbench_data.Settings(plan.settings.suite)
+def command(
+    model_path: str,
+    plan: longbench_data.Plan,
+    config: config_lib.ModelConfig,
+    mixers: Sequence[str],
+    out: pathlib.Path | None = None,
+) -> str:
+    """What a user types to get a run's figures again, into `out` where that is given."""
     words = ["allmem", "longbench", model_path, str(plan.folder), "--suite", plan.settings.suite, "--mixers", *mixers]
-    for name, value in sizes.items():
-        words += [f"--{name}", str(value)]
+    for name in ("window", "sinks", "chunk", "dtype"):
+        words += [f"--{name}", str(getattr(config, name))]
+    defaults = longbench_data.Settings(plan.settings.suite)
     for name in ("tasks", "limit", "max_length", "chat", "batch"):
         value = getattr(plan.settings, name)
         if value != getattr(defaults, name):
             words += [f"--{name.replace('_', '-')}", *map(str, value if name == "tasks" else [value])]
-    return shlex.join(words)
+    return shlex.join([*words, *(["--out", str(out)] if out else [])])
 
 
 def section(results: dict[str, Any], made_by: str) -> sections.Section:

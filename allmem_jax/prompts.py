@@ -15,6 +15,8 @@ from typing import Any
 
 import numpy as np
 
+from allmem_jax import tokenizer as tokenizer_lib
+
 WORDS = """apple river stone garden silver bridge candle winter summer mountain window forest ocean bread music paper
 glass horse sugar table chair flower cloud storm island castle dragon engine mirror needle orange pepper rocket shadow
 spring temple tiger train valley violin water whale wheat wolf butter camel copper cotton desert diamond eagle fire
@@ -129,6 +131,21 @@ def needle_question(name: str) -> tuple[str, str]:
 def plain_question(question: str, opening: str) -> str:
     """A question as the end of a plain text, its answer begun."""
     return f"Question: {question} Answer: {opening}".rstrip()
+
+
+def render(tokenizer: Any, message: str) -> str:
+    """A user's message in the chat template, to be answered; models that can think aloud are told not to.
+
+    Raises:
+      ValueError: the template does not parse, or refuses the message.
+    """
+    conversation = [{"role": "user", "content": message}]
+    options: dict[str, Any] = dict(add_generation_prompt=True, tokenize=False, enable_thinking=False)
+    try:
+        return str(tokenizer.apply_chat_template(conversation, **options))
+    except Exception as error:  # a template is a program of the model's author, and may raise anything
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise ValueError(f"the chat template fails on a user's message ({reason}): ask in plain text") from None
 
 
 def paragraph(text: str) -> str:
@@ -316,7 +333,7 @@ class Prompts:
 
     def _cloze(self, length: int, rng: np.random.Generator) -> Example:
         """A passage that stops before a word which it holds already; the passage is plain text in any case."""
-        begin = self._tokenizer.encode("")
+        begin = tokenizer_lib.encode_prompt(self._tokenizer, "")
         take = length - room("short_cloze") - len(begin)
         for _ in range(1000):
             text = self._texts[rng.integers(len(self._texts))]
@@ -333,12 +350,12 @@ class Prompts:
         """The tokens before and after the context; without a context they belong together."""
         if not self._chat:
             asked = plain_question(item.question, item.opening)
-            return list(self._tokenizer.encode("")), self._encode(f"\n{asked}" if context else asked)
+            return tokenizer_lib.encode_prompt(self._tokenizer, ""), self._encode(f"\n{asked}" if context else asked)
         content = f"{_CONTEXT}\n\n{item.question}" if context else f"{_CONTEXT}{item.question}"
-        rendered = self._tokenizer.apply_chat_template(
-            [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
-        )
-        before, after = str(rendered).split(_CONTEXT)
+        parts = render(self._tokenizer, content).split(_CONTEXT)
+        if len(parts) != 2:
+            raise ValueError(f"the chat template writes a user's message {len(parts) - 1} times: ask in plain text")
+        before, after = parts
         return self._encode(before), self._encode(after + item.opening)
 
     def _encode(self, text: str) -> list[int]:

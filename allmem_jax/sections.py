@@ -8,6 +8,7 @@ import dataclasses
 import json
 import os
 import pathlib
+import shlex
 from typing import Any
 
 from allmem_jax import files
@@ -62,6 +63,17 @@ class Section:
     tables: tuple[Table, ...] = ()
     plots: tuple[Plot, ...] = ()
     data: Any = None
+
+
+def command(name: str, *words: Any, **options: Any) -> str:
+    """The `allmem` command that a user types: `words` and the options that are set; True is a flag, a tuple a list."""
+    line = ["allmem", name, *map(str, words)]
+    for option, value in options.items():
+        if value is None or value is False or value == ():
+            continue
+        values = () if value is True else value if isinstance(value, tuple) else (value,)
+        line += [f"--{option.replace('_', '-')}", *map(str, values)]
+    return shlex.join(line)
 
 
 def save(path: str | os.PathLike[str], section: Section) -> None:

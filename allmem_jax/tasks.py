@@ -13,6 +13,7 @@ import pathlib
 import re
 import shlex
 import sys
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -91,13 +92,16 @@ def command(
     questions: pathlib.Path | None,
     settings: Settings,
     config: config_lib.ModelConfig,
+    out: pathlib.Path | None = None,
 ) -> str:
-    """What a user types to get a section again; dtype aside, whatever the defaults become."""
+    """What a user types to get a section again, into `out` where that is given, whatever the defaults become."""
     words = ["allmem", "recall", path, *texts, *(["--questions", questions] if questions else [])]
-    words += ["--tasks", *settings.tasks, "--lengths", *settings.lengths, "--samples", settings.samples]
-    words += ["--window", config.window, "--sinks", config.sinks, "--chunk", config.chunk]
-    words += ["--seed", settings.seed, *(["--chat"] if settings.chat else [])]
-    return shlex.join(map(str, words))
+    words += ["--tasks", *settings.tasks, "--lengths", *settings.lengths]
+    for name in ("mixer", "window", "sinks", "chunk", "dtype"):
+        words += [f"--{name}", getattr(config, name)]
+    for name in ("samples", "seed", "batch"):
+        words += [f"--{name}", getattr(settings, name)]
+    return shlex.join(map(str, [*words, *(["--chat"] if settings.chat else []), *(["--out", out] if out else [])]))
 
 
 def normalise(text: str) -> str:
@@ -191,6 +195,10 @@ def measure(
     total = len(variants) * sum(map(len, asked.values()))
     with tqdm.tqdm(total=total, desc="asking", unit="prompt", leave=False, disable=not sys.stderr.isatty()) as bar:
         for (task, length), examples in asked.items():
+            longest, trained = max(len(example.prompt) for example in examples), config.max_length
+            if longest > trained:
+                message = f"{task}: prompts have up to {longest} tokens, and the model was trained on {trained}"
+                warnings.warn(message, stacklevel=2)
             content = hashlib.sha256(repr(examples).encode()).hexdigest()
             identity = {"format": FORMAT, "source": source, "examples": content, "chat": settings.chat}
             for variant in variants:
@@ -247,13 +255,15 @@ def _ask(
         longest = max(len(example.prompt) for example in examples) + room
         config = generation.full_as_windowed(config, max(length, longest))
     params = model.merge_params(backbone, variant.memory) if variant.memory else backbone
-    chat, stops = settings.chat and task != "short_cloze", text_lib.stop_tokens(tokenizer)
+    chat, stops = settings.chat and task != "short_cloze", text_lib.stop_tokens(tokenizer, config)
     answered = []
     for start in range(0, len(examples), settings.batch):
         part = examples[start : start + settings.batch]
         rows = [example.prompt for example in part]
         rows += [rows[-1]] * (settings.batch - len(rows))
-        written = generation.generate(params, config, rows, max_tokens=room, stop_tokens=stops, piece=PIECE)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*the model was trained on")  # which was said once for the task
+            written = generation.generate(params, config, rows, max_tokens=room, stop_tokens=stops, piece=PIECE)
         for index, (example, ids) in enumerate(zip(part, written, strict=False), start):
             output = reply(task, tokenizer.decode(ids, skip_special_tokens=True), chat)
             answered.append({

@@ -1,50 +1,120 @@
-"""Text in and text out: streamed completions, and conversations that never read a turn twice."""
+"""Text in and text out: chat templates, streamed text and where it ends, and conversations that read a turn once."""
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator
+import re
+import weakref
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from typing import Any
 
-import jax
 import transformers
 
 from allmem_jax import config as config_lib
-from allmem_jax import generation, model, state
+from allmem_jax import ends, generation, model, state
+from allmem_jax import tokenizer as tokenizer_lib
 
 Tokenizer = transformers.PreTrainedTokenizerBase
+Messages = Sequence[dict[str, str]]
 
-# What instruction-tuned models of the supported families end a turn with, beside the tokenizer's own end of sequence.
-TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<end_of_turn>", "<|endoftext|>")
-
-
-def stop_tokens(tokenizer: Tokenizer) -> list[int]:
-    """The ids that end a text or a turn."""
-    added = tokenizer.get_added_vocab()
-    ids = {added[text] for text in TURN_ENDS if text in added}
-    return sorted(ids if tokenizer.eos_token_id is None else ids | {tokenizer.eos_token_id})
+_BYTE = re.compile("<0x[0-9A-Fa-f]{2}>")  # how sentencepiece vocabularies write the bytes of rare characters
 
 
-def decode_stream(tokenizer: Tokenizer, ids: Iterable[int]) -> Iterator[str]:
-    """The text of tokens as they come.
+def stop_tokens(tokenizer: Tokenizer, config: config_lib.ModelConfig | None = None) -> list[int]:
+    """The ids that end a text or a turn: the tokenizer's and the config's."""
+    return sorted(ends.of_tokenizer(tokenizer) | set(config.eos_tokens if config is not None else ()))
 
-    A character that is spread over several tokens comes when it is complete. Each piece is decoded after the one before
-    it, since tokenizers drop a leading space at the start of a text.
+
+def render(
+    tokenizer: Tokenizer, messages: Messages, *, generation_prompt: bool = True, thinking: bool | None = None
+) -> str:
+    """The text of a chat, by the tokenizer's template.
+
+    Args:
+      tokenizer: of an instruction-tuned model.
+      messages: {"role", "content"} each.
+      generation_prompt: end with what opens the assistant's turn.
+      thinking: the template's switch `enable_thinking`; None leaves it as the template has it.
+
+    Raises:
+      ValueError: no template, one that refuses the messages or does not parse, or one without that switch.
     """
-    before: list[int] = []
-    pending: list[int] = []
+    if not tokenizer.chat_template:
+        raise ValueError("the tokenizer has no chat template: use `allmem generate`, or an instruction-tuned model")
+    options: dict[str, Any] = {"tokenize": False, "add_generation_prompt": generation_prompt}
+    if thinking is not None:
+        if "enable_thinking" not in str(tokenizer.chat_template):
+            raise ValueError("the chat template has no enable_thinking: leave thinking out")
+        options["enable_thinking"] = thinking
+    try:
+        return str(tokenizer.apply_chat_template(list(messages), **options))
+    except Exception as error:  # a template is a program of the model's author, and may raise anything
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+    if any(message["role"] == "system" for message in messages):
+        hint = (
+            ": models without a system role refuse a system message; leave it out, or begin the first question with it"
+        )
+    else:
+        hint = ": correct the model's chat template, or use `allmem generate` without a template"
+    raise ValueError(f"the chat template fails on these messages ({reason}){hint}")
+
+
+def decode_stream(tokenizer: Tokenizer, ids: Iterable[int], before: Sequence[int] = ()) -> Iterator[str]:
+    """The text of tokens as they come; together exactly what decoding `before` and all of them adds to `before`.
+
+    A character that is spread over several tokens comes when it is complete, and a run of sentencepiece's bytes with
+    the token after it, which decides whether the run is text at all.
+
+    Args:
+      tokenizer: of the tokens; special tokens are skipped.
+      ids: the tokens.
+      before: tokens that precede them. Tokenizers drop a leading space at the start of a text, not in its middle.
+    """
+    skipped = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
+    context, run = [token for token in before if token not in skipped], list[int]()
+    known = _settled(_decode(tokenizer, context))
     for token in ids:
-        pending.append(token)
-        known, text = _decode(tokenizer, before), _decode(tokenizer, before + pending)
-        if text.endswith("\ufffd") and len(pending) < 8:
+        if token in skipped:
             continue
-        if text[len(known) :]:
-            yield text[len(known) :]
-        before, pending = pending, []
-    if pending:
-        yield _decode(tokenizer, before + pending)[len(_decode(tokenizer, before)) :]
+        run.append(token)
+        if _BYTE.fullmatch(str(tokenizer.convert_ids_to_tokens(token))):
+            continue
+        if piece := _settled(_decode(tokenizer, context + run))[len(known) :]:
+            yield piece
+        context, run = (context + run)[-8:], []  # enough for a character of four tokens to begin in
+        known = _settled(_decode(tokenizer, context))
+    if rest := _decode(tokenizer, context + run)[len(known) :]:
+        yield rest
 
 
-def _decode(tokenizer: Tokenizer, ids: list[int], *, special: bool = False) -> str:
-    return str(tokenizer.decode(ids, skip_special_tokens=not special))
+def _decode(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
+    return str(tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+
+def _settled(text: str) -> str:
+    """`text` without the mark of an unfinished character at its end, which the next token may complete."""
+    return text.removesuffix("\ufffd")
+
+
+def until(pieces: Iterable[str], stops: Sequence[str]) -> Iterator[str]:
+    """The text of `pieces` up to the first of `stops` that completes; what may be the beginning of one is held back.
+
+    However the text is cut into pieces, the result is the same text. After a stop no more pieces are asked for.
+    """
+    if "" in stops:
+        raise ValueError("a stop string is empty: give the text to stop at")
+    held = ""
+    for piece in pieces:
+        held += piece
+        found = [(place + len(stop), place) for stop in stops if (place := held.find(stop)) >= 0]
+        if found:
+            if held := held[: min(found)[1]]:
+                yield held
+            return
+        begun = max((n for stop in stops for n in range(1, len(stop)) if held.endswith(stop[:n])), default=0)
+        shown, held = held[: len(held) - begun], held[len(held) - begun :]
+        if shown:
+            yield shown
+    if held:
+        yield held
 
 
 def complete(
@@ -56,9 +126,10 @@ def complete(
     max_tokens: int,
     sampling: generation.Sampling = generation.GREEDY,
     seed: int = 0,
+    stop: Sequence[str] = (),
     progress: Callable[[int], Any] | None = None,
 ) -> Iterator[str]:
-    """Continues a prompt, yielding the new text piece by piece, until a stop token or `max_tokens`.
+    """Reads a prompt and yields the text that continues it piece by piece, until a stop or `max_tokens`.
 
     Args:
       params: of the model.
@@ -68,6 +139,7 @@ def complete(
       max_tokens: at least 1.
       sampling: greedy by default.
       seed: of the draws.
+      stop: texts to stop at, which are not yielded.
       progress: called with the number of prompt tokens just read.
     """
     if not prompt:
@@ -75,27 +147,33 @@ def complete(
     if max_tokens < 1:
         raise ValueError(f"max_tokens={max_tokens} must be at least 1")
     sampling.check()
-    ids = tokenizer.encode(prompt)
-    if config.mixer == "full":
-        config = generation.full_as_windowed(config, len(ids) + max_tokens)
-    logits, start = generation.prefill(params, config, [ids], progress=progress)
-    stops = stop_tokens(tokenizer)
+    ids = tokenizer_lib.encode_prompt(tokenizer, prompt)
+    generation.warn_beyond(config, len(ids), max_tokens)
+    config, start = generation.with_room(config, None, 1, len(ids) + max_tokens)
+    logits, start = generation.prefill(params, config, [ids], state=start, progress=progress)
+    stops = stop_tokens(tokenizer, config)
     steps = generation.stream(
         params, config, logits, start, max_tokens=max_tokens, sampling=sampling, stop_tokens=stops, seed=seed
     )
     drawn = (int(tokens[0]) for tokens, *_ in steps)
-    yield from decode_stream(tokenizer, (token for token in drawn if token not in stops))
+    return until(decode_stream(tokenizer, (token for token in drawn if token not in stops), before=ids), stop)
 
 
 @dataclasses.dataclass
 class Conversation:
     """A chat and the decode state that has read it: a turn costs its own tokens, however long the chat is.
 
+    A reply follows from what the template makes of all messages, whatever came before. The state is kept where the
+    template leaves the tokens that it has read as they are. Otherwise, as where it drops an answer's thoughts, the
+    last answer is read again from the state before it, or the whole chat from its beginning.
+
     Attributes:
-      params, config, tokenizer: the model. A "full" mixer gets a cache of `context` tokens.
+      params, config, tokenizer: the model. The cache of a "full" mixer grows with the chat.
       sampling, max_tokens, seed: of every reply.
-      context: the longest chat of a "full" mixer, in tokens.
+      context: the longest chat of a "full" mixer in tokens, for which its cache is made at once; None sets no limit.
       messages: what was said, as chat templates take it.
+      stop: texts that end a reply, without being part of it.
+      thinking: the template's switch `enable_thinking`, or None.
     """
 
     params: model.Params
@@ -104,55 +182,107 @@ class Conversation:
     sampling: generation.Sampling = generation.GREEDY
     max_tokens: int = 512
     seed: int = 0
-    context: int = 4096
+    context: int | None = None
     messages: list[dict[str, str]] = dataclasses.field(default_factory=list)
-    _seen: str = ""  # the text that the state has read
+    stop: Sequence[str] = ()
+    thinking: bool | None = None
+    _tokens: list[int] = dataclasses.field(default_factory=list)  # what the state has read
     _state: state.DecodeState | None = None
+    _replying: weakref.ref[Generator[str, None, None]] | None = None
+    _earlier: tuple[int, state.DecodeState | None] = (0, None)  # the state after the first so many of them
 
     def __post_init__(self):
-        if not self.tokenizer.chat_template:
-            raise ValueError("the tokenizer has no chat template: use `allmem generate`, or an instruction-tuned model")
+        self._encode([*self.messages, _message("user", "x")])  # raises where no reply could be made
         self.sampling.check()
-        self._room = None
-        if self.config.mixer == "full":
-            self.config = generation.full_as_windowed(self.config, self.context)
-            self._room = self.config.window
+        if self.max_tokens < 1:
+            raise ValueError(f"max_tokens={self.max_tokens} must be at least 1")
 
     def reply(self, text: str) -> Iterator[str]:
-        """Yields the model's answer to `text` piece by piece; both join `messages`."""
+        """Yields the model's answer to `text` piece by piece; both join `messages`.
+
+        An answer that is not asked for to its end (it is closed, dropped, or fails; the next reply closes it) joins as
+        far as it was yielded. Before its first piece the turn is as if it had not been.
+        """
         if not text.strip():
             raise ValueError("the message is empty: write something")
-        messages = [*self.messages, {"role": "user", "content": text}]
-        rendered = str(self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
-        if not rendered.startswith(self._seen):  # the template changed what was said before: read it all again
-            self._seen, self._state = "", None
-        new = self.tokenizer.encode(rendered[len(self._seen) :], add_special_tokens=False)
-        self._check_room(len(new) + self.max_tokens)
-        logits, start = generation.prefill(self.params, self.config, [new], state=self._state)
-        answer: list[int] = []
-        yield from decode_stream(self.tokenizer, self._tokens(logits, start, answer))
-        spoken = [token for token in answer if token not in stop_tokens(self.tokenizer)]
-        content = _decode(self.tokenizer, spoken)
-        self.messages = [*messages, {"role": "assistant", "content": content}]
-        self._seen = rendered + _decode(self.tokenizer, answer, special=True)
+        if unfinished := self._replying and self._replying():
+            unfinished.close()
+        pieces = self._reply(text)
+        self._replying = weakref.ref(pieces)
+        return pieces
 
-    def _tokens(self, logits: jax.Array, start: state.DecodeState, answer: list[int]) -> Iterator[int]:
-        """Draws an answer into `answer`, stop token included, and yields it without; keeps the state after it."""
-        stops = stop_tokens(self.tokenizer)
+    def _reply(self, text: str) -> Generator[str, None, None]:
+        messages = [*self.messages, _message("user", text)]
+        prompt, stops = self._encode(messages), stop_tokens(self.tokenizer, self.config)
+        self._check_length(len(prompt))
+        at, after = self._resume(prompt)
+        earlier: list[tuple[int, state.DecodeState]] = []
+        for end in (self._lasting(messages, prompt), len(prompt)):
+            if at < end:
+                logits, after = generation.prefill(self.params, self.config, [prompt[at:end]], state=after)
+                at = end
+            earlier.append((at, after))
         steps = generation.stream(
-            self.params, self.config, logits, start, max_tokens=self.max_tokens, sampling=self.sampling,
+            self.params, self.config, logits, after, max_tokens=self.max_tokens, sampling=self.sampling,
             stop_tokens=stops, seed=self.seed + len(self.messages),
         )  # fmt: skip
-        for tokens, _, _, after in steps:
-            answer.append(int(tokens[0]))
-            self._state = after
-            if answer[-1] not in stops:
-                yield answer[-1]
+        answer, shown = list[int](), list[str]()
 
-    def _check_room(self, new: int) -> None:
-        used = 0 if self._state is None else int(self._state.position[0])
-        if self._room is not None and used + new > self._room:
+        def drawn() -> Iterator[int]:
+            nonlocal after
+            for tokens, _, _, newest in steps:
+                after = newest
+                answer.append(int(tokens[0]))
+                if answer[-1] not in stops:
+                    yield answer[-1]
+
+        try:
+            for piece in until(decode_stream(self.tokenizer, drawn()), self.stop):
+                shown.append(piece)
+                yield piece
+        except BaseException:  # the reader has gone, or a step was interrupted, whose state is lost
+            if shown:
+                self._join(messages, shown, prompt[: earlier[0][0]], earlier[0][1], earlier[0])
+            raise
+        self._join(messages, shown, prompt + answer, after, earlier[0])
+
+    def _encode(self, messages: Messages) -> list[int]:
+        rendered = render(self.tokenizer, messages, thinking=self.thinking)
+        return list(self.tokenizer.encode(rendered, add_special_tokens=False))
+
+    def _check_length(self, prompt: int) -> None:
+        """An error where a chat outgrows `context`, a warning where it outgrows what the model was trained on."""
+        longest = prompt + self.max_tokens
+        if self.config.mixer == "full" and self.context is not None and longest > self.context:
             raise ValueError(
-                f"the chat may reach {used + new} tokens and full attention was given a cache of {self._room}: "
+                f"the chat may reach {longest} tokens and full attention was given a cache of {self.context}: "
                 "start again with a larger --context, or with a converted model, which needs none"
             )
+        if len(self._tokens) <= self.config.max_length:  # once
+            generation.warn_beyond(self.config, prompt, self.max_tokens)
+
+    def _resume(self, prompt: list[int]) -> tuple[int, state.DecodeState]:
+        """The longest beginning of `prompt` that was read already, and the state after it."""
+        for count, after in ((len(self._tokens), self._state), self._earlier):
+            if after is not None and count < len(prompt) and self._tokens[:count] == prompt[:count]:
+                return count, after
+        room = self.context or len(prompt) + self.max_tokens
+        return 0, generation.with_room(self.config, None, 1, room)[1]
+
+    def _lasting(self, messages: Messages, prompt: list[int]) -> int:
+        """How many tokens of `prompt` the template keeps when the chat goes on."""
+        try:
+            later = self._encode([*messages, _message("assistant", "x"), _message("user", "x")])
+        except ValueError:  # it does not go on
+            return len(prompt)
+        pairs = enumerate(zip(prompt, later, strict=False))
+        return next((place for place, (now, then) in pairs if now != then), min(len(prompt), len(later)))
+
+    def _join(self, messages, shown, tokens, after, earlier) -> None:
+        """Adds an answer to the messages, and keeps the state that has read `tokens`, and an earlier one."""
+        self.messages = [*messages, _message("assistant", "".join(shown))]
+        self._tokens, self._state, self._earlier = tokens, after, earlier
+
+
+def _message(role: str, content: str) -> dict[str, str]:
+    return {"role": role, "content": content}

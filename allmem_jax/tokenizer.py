@@ -243,3 +243,16 @@ def _add_special(backend: tokenizers.Tokenizer, tokens: Sequence[str], types: Se
             (control if special else added).append(tokenizers.AddedToken(token, normalized=False, special=special))
     backend.add_special_tokens(control)
     backend.add_tokens(added)
+
+
+def prefix_tokens(tokenizer: Any) -> list[int]:
+    """What a tokenizer puts before a text: its begin-of-sequence token where it has one, never what ends a text.
+
+    The encoding of no text at all would not tell the two apart.
+    """
+    text = "a"
+    bare, whole = tokenizer.encode(text, add_special_tokens=False), tokenizer.encode(text)
+    for start in range(len(whole) - len(bare) + 1):
+        if bare and whole[start : start + len(bare)] == bare:
+            return list(whole[:start])
+    return []

@@ -7,6 +7,9 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")  # before anything imports jax
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports triton
+# Most of a test's time is compilation, and the arrays are tiny: code that LLVM does not optimise is made sooner.
+if os.environ["JAX_PLATFORMS"] == "cpu":
+    os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 
 import jax
 import pytest
@@ -44,3 +47,18 @@ def shakespeare_path() -> pathlib.Path:
     if path is None:
         pytest.skip("needs the real texts: python -m train.fetch shakespeare")
     return path
+
+
+@pytest.fixture
+def error_of(capsys):
+    """error_of(command, *arguments): the line on stderr with which a command ends that cannot do what it is asked."""
+
+    def call(command, *arguments):
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            command(*arguments)
+        assert stop.value.code == 2
+        (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+        return line
+
+    return call

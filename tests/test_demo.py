@@ -3,13 +3,16 @@
 import dataclasses
 import json
 import os
+import pathlib
+import shlex
 
 import numpy as np
 import pytest
 import tiny_folder
+import tyro
 
 from allmem_jax import convert, evals
-from train import books, compare, demo, fetch, finetune
+from train import books, compare, demo, evidence, fetch, finetune, recall_grid, stages
 
 RECIPE = """
 from train.recipe import FinetuneConfig
@@ -46,7 +49,8 @@ def test_the_chain_and_its_second_run(setting, capsys, monkeypatch):
     assert rows[evals.CONVERTED]["kl_beyond"] != pytest.approx(rows[evals.SWA]["kl_beyond"], rel=1e-6)
     assert [len(steps) for steps in training["data"].values()] == [3, 3] and len(writing["tables"][0]["rows"]) == 2
     assert "differen" in page.read_text() and demo.CONTROL in page.read_text()
-    config, params, _ = convert.load_pretrained(next((setting.out / "runs").iterdir()) / "memory" / "model")
+    (folder,) = (setting.out / "runs").glob("*/memory/model")
+    config, params, _ = convert.load_pretrained(folder)
     assert (config.window, config.chunk) == (16, 8) and np.any(params["layers"]["memory"]["alpha"])
 
     monkeypatch.setattr(finetune, "load", lambda recipe: pytest.fail("a complete run loads no model"))
@@ -54,13 +58,52 @@ def test_the_chain_and_its_second_run(setting, capsys, monkeypatch):
     demo.run(setting)
     assert capsys.readouterr().out.count("reused") == 5 and page.exists()
 
+    monkeypatch.setattr(demo, "load_model", lambda recipe: None)
+    monkeypatch.setattr(finetune, "run", lambda *_: pytest.fail("another question trains nothing"))
+    asked = dataclasses.replace(setting, question="Who?")
+    demo.run(asked)
+    assert capsys.readouterr().out.count("reused") == 4
+    written = json.loads((setting.out / "report.json").read_text())["sections"]
+    assert {section["command"] for section in written[:3]} == {stages.command("train.demo", asked)}
+    assert ["qk_scale", "l2"] in written[3]["tables"][0]["rows"]
 
-def test_settings_name_the_stages(setting):
+
+def test_a_stage_depends_on_its_own_settings_alone(setting):
     recipe = finetune.read_recipe(setting.recipe)
-    same = demo.key(setting, recipe)
-    assert same == demo.key(dataclasses.replace(setting, out="elsewhere"), dataclasses.replace(recipe, out="there"))
-    assert same != demo.key(dataclasses.replace(setting, length=97), recipe)
-    assert same != demo.key(setting, dataclasses.replace(recipe, learning_rate=1.0))
+
+    def changed(demo_changes, **recipe_changes):
+        before = demo.dependencies(setting, recipe)
+        after = demo.dependencies(
+            dataclasses.replace(setting, **demo_changes), dataclasses.replace(recipe, **recipe_changes)
+        )
+        names = ("begun", "learnt", "judged", "asked")
+        keys = ([stages.key(depends) for depends in each] for each in (before, after))
+        return {name for name, old, new in zip(names, *keys, strict=True) if old != new}
+
+    assert changed(dict(out="elsewhere", recipe="other.py"), out="there", write=False, keep=9) == set()
+    for change in (dict(question="Why?"), dict(passage=7), dict(sample_tokens=7)):
+        assert changed(change) == {"asked"}
+    for change in (dict(length=97), dict(sequences=2)):
+        assert changed(change) == {"judged"}
+    for change in (dict(learning_rate=1.0), dict(steps=9), dict(window=(8, 16)), dict(positions=0.9)):
+        assert changed({}, **change) == {"learnt"}
+    for change in (dict(window=(16, 17)), dict(seed=1), dict(qk_scale="rms"), dict(dtype="bfloat16"), dict(chunk=(9,))):
+        assert changed({}, **change) == {"begun", "learnt"}
+
+
+@pytest.mark.parametrize(
+    ("program", "settings", "positional"),
+    [
+        ("train.demo", demo.DemoConfig(question="Who's there?", out=pathlib.Path("a b"), sample_tokens=4), ()),
+        ("train.evidence", evidence.EvidenceConfig("r.py", mixers=("delta",), seeds=(3, 4), samples=0), ("recipe",)),
+        ("train.recall_grid", recall_grid.GridConfig(steps=10, entrants=("swa", "full")), ()),
+    ],
+)
+def test_a_recorded_command_gives_the_same_settings(program, settings, positional):
+    python, flag, module, *arguments = shlex.split(stages.command(program, settings, positional))
+    assert (python, flag, module) == ("python", "-m", program)
+    assert tyro.cli(type(settings), args=arguments) == settings
+    assert stages.command(program, type(settings)(), positional) == f"python -m {program}"
 
 
 def test_the_table_compiles_once_for_all_windows(setting, tmp_path):

@@ -1,5 +1,6 @@
 """Files to tokens: four kinds of files, what is wrong with them, and the cache."""
 
+import dataclasses
 import errno
 import json
 import os
@@ -35,8 +36,8 @@ class Unable(Words):
     """Fails where the cache should have been used."""
 
     def encode(self, text, add_special_tokens=True):
-        assert not text, "should come from the cache"
-        return []
+        assert len(text) < 2, "should come from the cache"
+        return super().encode(text)
 
 
 Unable.__name__ = "Words"  # as the cache knows it
@@ -129,6 +130,41 @@ def test_texts_start_with_the_prefix_and_chats_do_not(tmp_path):
     assert first["tokens"][starts].tolist() == [7, ord("<")]
 
 
+class Ends(Words):
+    """Closes what it encodes, as `add_eos_token` has it."""
+
+    eos_token_id = 3
+
+    def encode(self, text, add_special_tokens=True):
+        return [2, *super().encode(text), 3] if add_special_tokens else super().encode(text)
+
+
+def test_texts_end_with_the_end_of_text(tmp_path):
+    texts = write(tmp_path / "texts", "jsonl", ["some text", "closed\x03", "\x02begun"], [CHAT])
+    plain, closed, begun, chat = load(texts, tmp_path, Ends())
+    assert [d.tokens[-2:].tolist() for d in (plain, closed, begun)] == [[ord("t"), 3], [ord("d"), 3], [ord("n"), 3]]
+    assert [d.prefix for d in (plain, closed, begun, chat)] == [(2,)] * 3 + [()]
+    assert begun.tokens[0] == ord("b") and plain.response.all() and 3 not in chat.tokens
+    rows = data.Rows([plain], 4, align=4)
+    targets = [rows[i]["targets"].tolist() for i in range(len(rows))]
+    assert targets == [[*b"some"], [*b"e te"], [*b"ext", 3]]  # of three pieces the last one ends
+    broken = data.load_documents([texts], Ends(), tmp_path / "cache", end_of_text=False)
+    assert [3 in d.tokens for d in broken] == [False, True, False, False]
+    assert broken.content_hash() != load(texts, tmp_path, Ends()).content_hash()
+
+
+@pytest.mark.parametrize("end", [True, False])
+@pytest.mark.parametrize("mixed", [True, False])
+def test_a_recipe_says_whether_texts_end(tmp_path, end, mixed):
+    from train import finetune, tiny  # here, as processes of `prepare` import this file
+
+    texts = (str(write(tmp_path / "texts", "jsonl", TEXTS)),)
+    fields = {"mixture": (data.Part(texts),)} if mixed else {"texts": texts, "pack": True}
+    config = recipe.FinetuneConfig(cache=str(tmp_path / "cache"), seq_length=32, chunk=(8,), end_of_text=end, **fields)
+    rows = finetune.read_rows(config, finetune.Pretrained(tiny.CONFIG, None, None, Ends()), config.texts)
+    assert sum(int((rows[i]["targets"] == Ends.eos_token_id).sum()) for i in range(len(rows))) == 3 * end
+
+
 def test_a_file_that_is_named_itself_may_have_any_suffix(tmp_path):
     (tmp_path / "README.md").write_text("# Title")
     assert "".join(map(chr, load(tmp_path / "README.md", tmp_path)[0].tokens)) == "# Title"
@@ -170,7 +206,7 @@ LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:1234\nsize 5\n"
         ),
         ("a.parquet", b"PAR1 and no more", "a.parquet:1 cannot be read as .parquet"),
         ("a.arrayrecord", b"something else", "a.arrayrecord is no whole .arrayrecord file"),
-        ("a.bin", b"x", "no .txt, .jsonl, .parquet or .arrayrecord file in"),
+        ("a.bin", b"x", "no .txt, .jsonl, .json, .parquet or .arrayrecord file in"),
     ],
 )
 def test_bad_files_are_one_clear_error(tmp_path, name, content, message):
@@ -208,7 +244,7 @@ def test_damaged_records(tmp_path):
 def test_parquet_columns_and_rows(tmp_path):
     file = tmp_path / "a.parquet"
     parquet.write_table(pyarrow.table({"words": ["x"], "id": [1]}), file)
-    with pytest.raises(ValueError, match='a.parquet has neither a column "text" nor "messages"; it has words, id'):
+    with pytest.raises(ValueError, match="a.parquet has no column of messages, .*, text, .*; it has words, id"):
         load(file, tmp_path)
     parquet.write_table(pyarrow.table({"text": ["x", None]}), file)
     with pytest.raises(ValueError, match="a.parquet:2 has neither"):
@@ -307,15 +343,17 @@ def test_a_full_disk_is_one_error_and_older_files_stay(tmp_path, monkeypatch):
 def test_prepare_tokenises_in_other_processes(tmp_path):
     texts = [write(tmp_path / kind, kind, TEXTS) for kind in ("jsonl", "parquet", "txt")]
     paths, cache = [str(path) for path in texts], tmp_path / "cache"
-    assert prepare.prepare(paths, Words(), cache, 2) == 5
-    assert prepare.prepare(paths, Words(), cache, 2) == 0
-    assert len(data.load_documents(paths, Unable(), cache)) == 9
+    assert prepare.prepare(paths, Ends(), cache, 2, end_of_text=False) == 5
+    assert prepare.prepare(paths, Ends(), cache, 2, end_of_text=False) == 0
+    made = sorted(cache.iterdir())
+    found = data.load_documents(paths, Ends(), cache, end_of_text=False)
+    assert len(found) == 9 and found.largest_token() == ord("é") and sorted(cache.iterdir()) == made
     (tmp_path / "bad.jsonl").write_text("{")
     with pytest.raises(ValueError, match="bad.jsonl:1 is not JSON"):
         prepare.prepare([str(tmp_path / "bad.jsonl")], Words(), cache, 2)
 
 
-def test_prepare_command(tmp_path, capsys):
+def test_prepare_command(tmp_path, capsys, error_of):
     texts = write(tmp_path / "texts", "jsonl", TEXTS)
     (tmp_path / "recipe.py").write_text(
         f"from train.recipe import FinetuneConfig\nconfig = FinetuneConfig(model='tiny', texts=({str(texts)!r},))"
@@ -323,8 +361,9 @@ def test_prepare_command(tmp_path, capsys):
     for made in (1, 0):
         prepare.main([str(tmp_path / "recipe.py"), "--cache", str(tmp_path / "cache")])
         assert f"3 documents, 62 tokens in {tmp_path / 'cache'}; {made} files" in capsys.readouterr().out
-    with pytest.raises(SystemExit, match="error: the recipe names no model, or no texts"):
-        prepare.main([])
+    assert error_of(prepare.main, []).startswith("error: the recipe names no model, or no texts")
     part = data.Part(("b",))
-    config = recipe.FinetuneConfig(texts=("a",), mixture=(part,), eval_texts=("c",))
-    assert prepare.texts(config) == ["a", "b", "c"]
+    config = recipe.FinetuneConfig(mixture=(part,), eval_texts=("c",))
+    assert config.packed and prepare.texts(config) == ["b", "c"]
+    config = dataclasses.replace(config, texts=("a",))  # these take the mixture's place
+    assert not config.packed and prepare.texts(config) == ["a", "c"]

@@ -56,6 +56,8 @@ def test_a_folder_without_a_tokenizer_keeps_its_ends(folder):
     convert.save_pretrained(folder.parent / "out", config, params)
     assert tokenizer is None and convert.read_config(folder.parent / "out").eos_tokens == (7, 9)
     assert convert.load_pretrained(folder, eos_tokens=(1,))[0].eos_tokens == (1,)
+    convert.save_pretrained(folder.parent / "one", config.replace(eos_tokens=(7,)), params)
+    assert transformers.GenerationConfig.from_pretrained(folder.parent / "one").eos_token_id == 7
     convert.save_pretrained(folder.parent / "none", config.replace(eos_tokens=()), params)
     assert transformers.GenerationConfig.from_pretrained(folder.parent / "none").eos_token_id is None
 

@@ -7,7 +7,7 @@ import pytest
 
 from allmem_jax import sections
 from tests import tiny_folder
-from train import evidence
+from train import evidence, finetune, tiny
 from train.recipe import FinetuneConfig
 
 
@@ -69,7 +69,24 @@ def test_every_run_is_judged_and_found_again(tmp_path, shakespeare_path, monkeyp
     monkeypatch.setattr(evidence.evals, "evaluate", None)  # nothing is judged a second time
     again = evidence.run(dataclasses.replace(config))
     assert (again.tables, again.text) == (section.tables, section.text)
-    assert "reused" in capsys.readouterr().out
+    assert capsys.readouterr().out.count("reused") == 2
+    assert section.command == f"python -m train.evidence --out {config.out} --mixers allmem delta --seeds 0 1 " \
+        "--length 64 --sequences 1 --samples 0"  # fmt: skip
+    (folder,) = (path for path in config.out.iterdir() if path.is_dir() and path.name != "texts")
+    assert len(list(folder.glob("evaluation-*.json"))) == 2 and len(list(folder.glob("*/checkpoints"))) == 8
+
+
+def test_what_is_learnt_decides_where_it_is_kept():
+    recipe = FinetuneConfig(model="tiny")
+    start = finetune.Pretrained(tiny.CONFIG, None, None, None, origin="hash")
+    one = evidence.learnt(recipe, start, Numbered("books", 3))
+    assert not {"mixer", "seed", "write"} & one.keys()
+    assert one == evidence.learnt(dataclasses.replace(recipe, seed=3, mixer="delta"), start, Numbered("books", 3))
+    assert one != evidence.learnt(dataclasses.replace(recipe, clip=0.5), start, Numbered("books", 3))
+    assert one != evidence.learnt(recipe, start._replace(origin="another"), Numbered("books", 3))
+    assert one != evidence.learnt(recipe, start, Numbered("others", 3))
+    assert one != evidence.learnt(recipe, start._replace(config=tiny.CONFIG.replace(qk_scale="rms")),
+                                  Numbered("books", 3))  # fmt: skip
 
 
 def test_settings_are_checked():

@@ -1,5 +1,7 @@
 """Generation: the same tokens as the plain forward pass, whatever the batch, the pieces and the prompt's length."""
 
+import warnings
+
 import jax
 import numpy as np
 import pytest
@@ -94,6 +96,69 @@ def test_sampling_follows_the_distribution():
     sharp = np.array([0.25, 0.0625, 0.0225, 0.01])
     np.testing.assert_allclose(frequencies(temperature=0.5), sharp / sharp.sum(), atol=0.015)
     assert draw._cache_size() == 1
+
+
+def test_of_equally_likely_tokens_the_lower_ids_are_kept():
+    """Exactly k, and exactly the smallest set that reaches p, whatever is tied with the last of them."""
+    tied = np.zeros((2000, 6), np.float32)
+    tied[:, 4] = 1.0
+    draw = jax.jit(lambda s: generation.sample(jax.random.key(0), tied, s))
+    share = np.exp([1, 0, 0, 0, 0, 0]) / (np.e + 5)  # of the likeliest token, and of each of the five others
+    for settings, kept in (
+        (generation.Sampling(1.0, 3, 1.0), {4, 0, 1}),
+        (generation.Sampling(1.0, 0, float(share[0] + 1.5 * share[1])), {4, 0, 1}),
+        (generation.Sampling(1.0, 2, 0.99), {4, 0}),
+        (generation.Sampling(1.0, 0, 1.0), set(range(6))),
+        (generation.Sampling(1.0, 99, 1.0), set(range(6))),
+    ):
+        assert set(np.asarray(draw(settings)).tolist()) == kept
+
+
+def test_full_attention_goes_on_from_its_state(params):
+    """Its cache grows with what is read; a window that has forgotten nothing is as good a beginning."""
+    full = TINY.replace(mixer="full")
+    text = random_tokens(1, 12, seed=3)[0].tolist()
+    (expected,) = generation.generate(params, full, [text], max_tokens=6, piece=5)
+    _, state = generation.prefill(params, full, [text[:7]], piece=5)
+    for _ in range(2):  # forked, not consumed
+        assert generation.generate(params, full, [text[7:]], max_tokens=6, piece=5, state=state) == [expected]
+    logits, state = generation.prefill(params, full, [text[7:]], piece=5, state=state)
+    steps = generation.stream(params, full, logits, state, max_tokens=6)
+    assert [int(tokens[0]) for tokens, *_ in steps] == expected
+
+    config = generation.full_as_windowed(full, 7)
+    _, state = generation.prefill(params, config, [text[:7]], piece=5)
+    grown, state = generation.with_room(full, state, 1, 600)
+    assert grown.window == state.keys.shape[2] == 1024
+    (answer,) = generation.generate(params, full, [text[7:]], max_tokens=6, piece=5, state=state)
+    assert answer == expected
+
+
+def test_full_attention_refuses_a_state_that_is_not_its_own(params):
+    full = TINY.replace(mixer="full")
+    windowed = TINY.replace(mixer="swa")
+    forgotten = generation.state_lib.init_state(windowed, 1).replace(position=np.full(1, 40, np.int32))
+    with pytest.raises(ValueError, match="has read 40 tokens and holds"):
+        generation.generate(params, full, [[1]], max_tokens=2, state=forgotten)
+    for other in (TINY, windowed.replace(n_layers=5)):
+        with pytest.raises(ValueError, match="another model or mixer"):
+            generation.prefill(params, full, [[1]], state=generation.state_lib.init_state(other, 1))
+
+
+def test_texts_beyond_the_training_length_are_warned_of(params, monkeypatch):
+    windowed, full = (TINY.replace(mixer=mixer, max_length=20) for mixer in ("swa", "full"))
+    with pytest.warns(UserWarning, match="may reach 21 tokens.*trained on 20: full attention"):
+        generation.warn_beyond(full, 15, 6)
+    with pytest.warns(UserWarning, match="ends at token 21.*trained on 20.*sinks"):
+        generation.warn_beyond(windowed, 21, 0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        generation.warn_beyond(full, 14, 6)
+        generation.warn_beyond(windowed, 20, 100)
+    monkeypatch.setattr(generation, "prefill", lambda *_, **__: (_ for _ in ()).throw(InterruptedError))
+    with pytest.warns(UserWarning, match="ends at token 21") as found, pytest.raises(InterruptedError):
+        generation.generate(params, windowed, [[1] * 21, [1] * 3], max_tokens=9)
+    assert len(found) == 1
 
 
 def test_seeds_repeat(params):

@@ -11,6 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny_folder
+import tokenizers
+import transformers
 
 pytest.importorskip("torch")
 pytest.importorskip("lm_eval")
@@ -21,7 +23,8 @@ from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
-from allmem_jax import cli, generation, harness, model
+from allmem_jax import cli, generation, harness, harness_arguments, model
+from allmem_jax import config as config_lib
 from allmem_jax import convert as convert_lib
 
 pytestmark = pytest.mark.slow
@@ -238,8 +241,6 @@ def test_errors_name_the_fix(converted, plain, remembering, tmp_path):
         harness.AllMemHarness(str(plain), mixer="allmem")
     with pytest.raises(ValueError, match="mixer='hybrid' is not one of"):
         harness.AllMemHarness(str(plain), mixer="hybrid")
-    with pytest.raises(ValueError, match="batch_size='auto'"):
-        harness.AllMemHarness(str(plain), batch_size="auto")
     ask = lambda **settings: remembering.generate_until(requests("generate_until", ("A", settings)))  # noqa: E731
     with pytest.raises(ValueError, match="repetition_penalty"):
         ask(repetition_penalty=2.0)
@@ -249,6 +250,170 @@ def test_errors_name_the_fix(converted, plain, remembering, tmp_path):
         remembering.loglikelihood(requests("loglikelihood", ("A", "")))
 
 
+# No token is in two rows, so that the last one says what follows; after a row comes <|endoftext|>.
+SAID = ["A the<|im_start|>bc", "BxZy", "Cp<|endoftext|>q<|im_end|>", "Duv\u00e9w", "Ekl mn"]
+
+
+@pytest.fixture(scope="module")
+def scripted(tmp_path_factory):
+    """A model that was made to say `SAID`, with two ends in its generation_config.json, and a tokenizer with a BOS."""
+    tokenizer = tiny_folder.tiny_tokenizer()
+    tokenizer.bos_token = "<|endoftext|>"
+    size = len(tokenizer)
+    config = config_lib.ModelConfig(
+        vocab_size=size, d_model=size, n_layers=1, n_heads=1, n_kv_heads=1, head_dim=8, d_ff=8, mixer="full",
+        tie_embeddings=False,
+    )  # fmt: skip
+    params = jax.eval_shape(lambda: model.init_params(config))
+    params = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), params)
+    params["final_norm"] = jax.tree.map(np.ones_like, params["final_norm"])
+    params["embed"]["embedding"] = np.eye(size, dtype=np.float32)
+    for row in SAID:
+        ids = tokenizer.encode(row)
+        params["lm_head"]["kernel"][ids[:-1], ids[1:]] = 1.0
+    path = tmp_path_factory.mktemp("models") / "scripted"
+    convert_lib.save_pretrained(path, config, params, tokenizer)
+    (path / convert_lib.ALLMEM_CONFIG).unlink()
+    ends = [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("Z")]
+    (path / "generation_config.json").write_text(json.dumps({"eos_token_id": ends}))
+    return path
+
+
+def said(lm, *until):
+    settings = {"max_gen_toks": 5, "until": list(until)}
+    return lm.generate_until(requests("generate_until", *((row[0], settings) for row in SAID)))
+
+
+def test_answers_end_where_the_hugging_face_model_ends_them(scripted):
+    """At each end of generation_config.json and at no other id, and at stop strings, special tokens among them."""
+    ours = harness.AllMemHarness(str(scripted))
+    theirs = HFLM(pretrained=str(scripted), device="cpu", dtype="float32")
+    assert said(ours) == said(theirs) == [" thebc", "xZ", "pq", "uv\u00e9w", "kl mn"]
+    for until in (["<|im_start|>"], ["\u00e9"], ["v\u00e9w", " m"], ["he", "q"]):
+        assert said(ours, *until) == said(theirs, *until)
+    assert said(ours, "<|im_start|>")[0] == " the" and said(ours, "\u00e9")[3] == "uv"
+    for end in ("l", ours.tokenizer.convert_tokens_to_ids("l"), "not there"):
+        options = dict(think_end_token=end, max_length=40)
+        other = HFLM(pretrained=theirs.model, tokenizer=theirs.tokenizer, **options)
+        answers = said(harness.AllMemHarness(str(scripted), **options), "n")
+        assert answers == said(other, "n") and answers[4] == ("kl m" if end == "not there" else "m")
+
+
+def test_stop_strings_are_found_in_the_bytes_of_characters():
+    """Tokens of a byte each, of which a decoder makes nothing where a stretch begins within a character."""
+    vocab = {f"<0x{byte:02X}>": byte for byte in range(256)}
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, [], byte_fallback=True))
+    backend.decoder = tokenizers.decoders.Sequence([tokenizers.decoders.ByteFallback(), tokenizers.decoders.Fuse()])
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=backend)
+
+    def ends(text, *until):
+        ids = list(text.encode())
+        return next((at for at in range(1, len(ids) + 1) if harness.ends_with(tokenizer, ids[:at], until)), None)
+
+    sea = "\u6d77\u3068\u9be8" * 3  # characters of three bytes
+    for begun in (sea, f"a{sea}", f"ab{sea}"):
+        assert ends(f"{begun}\n{sea}", "\n") == len(f"{begun}\n".encode())
+        assert ends(begun, "\u9be8\u6d77") == len(begun.encode()) - 15
+    assert ends("the whale", "wh", "whale") == 6 and ends("the whale", "The") is None and ends("a") is None
+    cut = "\u6d77".encode()[:2] + b"\n"  # a damaged character, of whose newline the text shows nothing
+    assert not harness.ends_with(tokenizer, list(cut), ["\n"]) and tokenizer.decode(list(cut)) == "\ufffd" * 3
+
+
+def test_arguments_of_the_hugging_face_model_are_taken(plain, scripted, theirs):
+    """Scores and prompts with another tokenizer, with its BOS and without, and after another first token."""
+    asked = requests("loglikelihood", ("", SENTENCES[0][:20]), ("<|endoftext|>The whale", " and"), ("The", " sea"))
+    scores = set()
+    for options in (dict(), dict(add_bos_token=True), dict(add_bos_token=False), dict(prefix_token_id=7)):
+        ours = harness.AllMemHarness(str(plain), batch_size=3, tokenizer=str(scripted), revision="v1", **options)
+        bos = {name: value for name, value in options.items() if name == "add_bos_token"}
+        tokenizer = transformers.AutoTokenizer.from_pretrained(scripted, **bos)
+        other = HFLM(pretrained=theirs.model, tokenizer=tokenizer, **options)
+        found = ours.loglikelihood(asked)
+        same_scores(found, other.loglikelihood(asked))
+        scores.add(tuple(found))
+        for text in ("The whale", "<|endoftext|>The whale"):
+            assert ours._encode_prompt(text) == other.tok_batch_encode([text])[0][0].tolist()
+    assert len(scores) == 3
+    assert harness.AllMemHarness(str(plain.parent), subfolder="plain").pretrained == str(plain)
+
+
+def test_templates_get_their_arguments_and_may_refuse_the_system(plain, theirs):
+    ask = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Why?"}]
+    refusing = (
+        "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+        "{{ m.content }}{% endfor %}{{ enable_thinking }}{{ depth }}"
+    )
+    for options in (dict(), dict(enable_thinking=False, chat_template_args={"depth": 3})):
+        ours = harness.AllMemHarness(str(plain), **options)
+        other = HFLM(pretrained=theirs.model, tokenizer=ours.tokenizer, **options)
+        ours.tokenizer.chat_template = refusing
+        assert ours.apply_chat_template(ask) == other.apply_chat_template(ask) == ("Why?False3" if options else "Why?")
+    for broken in ("{% for m in messages %}{{ m.content }", "{{ raise_exception('nobody') }}"):
+        ours.tokenizer.chat_template = broken
+        with pytest.raises(ValueError, match="the chat template fails .*leave out --apply_chat_template"):
+            ours.apply_chat_template(ask)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(trust_remote_code=True), "trust_remote_code=True cannot be served: a model's own code is not run"),
+        (dict(backend="seq2seq"), "backend='seq2seq' cannot be served: models here are decoders"),
+        (dict(softmax_dtype="bfloat16"), "softmax_dtype='bfloat16' cannot"),
+        (dict(mixed_precision_dtype="float16"), "give dtype=bfloat16"),
+        (dict(parallelize=True), "parallelize=True cannot"),
+        (dict(load_in_4bit=True), "load_in_4bit=True cannot.*a .gguf file"),
+        (dict(peft="adapter"), "peft='adapter' cannot.*merge the adapter"),
+        (dict(widow=8), "widow is no argument of --model allmem, which takes pretrained, mixer, window"),
+        (dict(max_length=1e5), "max_length=100000.0 must be a whole number"),
+        (dict(max_length=-1), "max_length=-1 must be at least 1"),
+        (dict(prefix_token_id=True), "prefix_token_id=True must be a whole number"),
+        (dict(prefix_token_id=999), "prefix_token_id=999 is outside the vocabulary of 280"),
+        (dict(add_bos_token="yes"), "add_bos_token='yes' must be True or False"),
+        (dict(chat_template_args="depth"), "chat_template_args='depth' must be a dict"),
+        (dict(enable_thinking=True), "enable_thinking=True needs think_end_token"),
+        (dict(dtype="float16"), "dtype='float16' is not one of 'float32', 'bfloat16'"),
+        (dict(batch_size="many"), "batch_size='many' must be a positive number, or auto"),
+        (dict(gguf_file="model.gguf"), "model.gguf: no such file"),
+        (dict(pretrained=""), "pretrained is missing"),
+    ],
+)
+def test_what_cannot_be_served_is_named(plain, options, message):
+    with pytest.raises((ValueError, OSError), match=message) as error:
+        harness.AllMemHarness(**{"pretrained": str(plain)} | options)
+    assert "\n" not in str(error.value)
+
+
+def test_what_changes_no_answer_is_taken(plain, tmp_path, caplog):
+    same = dict(revision=None, logits_cache=False, softmax_dtype="float32", attn_implementation="sdpa", peft=None,
+                backend="causal", parallelize=False, trust_remote_code=False, load_in_8bit=False)  # fmt: skip
+    ours = harness.AllMemHarness(str(plain), batch_size="auto:4", dtype="auto", device="cpu:0", **same)
+    assert ours.batch_size == 8 and ours.config.dtype == "float32" and "8 rows, a fixed number" in caplog.text
+    assert "JAX runs on" not in caplog.text
+    assert harness_arguments.batch_size("auto", 2) == 2
+    harness_arguments.say_device("tpu")
+    assert "device=tpu: JAX runs on cpu" in caplog.text
+    for stored, dtype in (("bfloat16", "bfloat16"), ("float16", "float32")):
+        (tmp_path / "config.json").write_text(json.dumps({"torch_dtype": stored}))
+        assert harness_arguments.dtype("auto", tmp_path) == dtype
+    assert "the weights are float16 and run in float32" in caplog.text
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": 3, "repetition_penalty": 1.1, "min_length": 0}')
+    assert harness_arguments.end_tokens(tmp_path) == [3]
+    assert "sets {'repetition_penalty': 1.1}, which --model hf applies" in caplog.text
+    ours.enable_thinking = True
+    with pytest.raises(ValueError, match="enable_thinking=True is for tasks that generate"):
+        ours.loglikelihood(requests("loglikelihood", ("A", "B")))
+
+
+def test_a_line_tells_of_inputs_longer_than_in_training(converted, caplog):
+    trained = harness.AllMemHarness(str(converted), batch_size=2)
+    trained.config = trained.config.replace(max_length=64)
+    trained._warn_beyond(64)
+    assert not caplog.text
+    trained._warn_beyond(65)
+    assert "inputs have up to 65 tokens, and the model was trained on 64" in caplog.text
+
+
 def test_missing_extra_is_one_line(monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval.__main__", None)
     with pytest.raises(ImportError, match=r"pip install 'allmem-jax\[eval\]'") as error:
@@ -256,21 +421,46 @@ def test_missing_extra_is_one_line(monkeypatch):
     assert "\n" not in str(error.value) and error.value.__suppress_context__
 
 
-def test_command_line(converted, tasks, tmp_path, monkeypatch, capsys):
-    """lm_eval's own command, from a task file to a file of results."""
+@pytest.fixture
+def command(monkeypatch, tasks, tmp_path):
+    """Runs lm_eval's own command on the task `read`, without its own tasks, which are thousands of files to read."""
     import lm_eval.tasks
 
-    class LocalTasks(TaskManager):  # its own tasks are thousands of files to read
+    class LocalTasks(TaskManager):
         def __init__(self, **options):
             super().__init__(include_defaults=False, **options)
 
     monkeypatch.setattr(lm_eval.tasks, "TaskManager", LocalTasks)
     monkeypatch.setattr(evaluator, "add_env_info", lambda results: None)
     monkeypatch.setattr(sys, "argv", ["python"])
-    (tmp_path / "read.yaml").write_text(json.dumps(tasks[2]))
+    path = tmp_path / "read.yaml"
+    path.write_text(json.dumps(tasks[2]))
+
+    def run(arguments, *words):
+        return cli.main(["lm-eval", "--model", "allmem", "--model_args", arguments, "--tasks", str(path), *words])
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("pretrained=/absent/model", "/absent/model: no such file or folder"),
+        ("pretrained={plain},peft=adapter", "peft='adapter' cannot be served"),
+        ("pretrained={plain},mixer=allmem", "has no memory: convert it"),
+        ("window=8", "pretrained is missing"),
+    ],
+)
+def test_errors_of_the_command_are_one_line(plain, command, capsys, arguments, message):
+    assert command(arguments.format(plain=plain)) == 2
+    *_, last = capsys.readouterr().err.splitlines()
+    assert last.startswith("allmem: error: ") and message in last
+
+
+def test_command_line(converted, command, tmp_path, capsys):
+    """From a task file to a file of results."""
     arguments = f"pretrained={converted},window=24,chunk=8,batch_size=2,dtype=float32,max_length=512"
-    assert cli.main(["lm-eval", "--model", "allmem", "--model_args", arguments, "--tasks", str(tmp_path / "read.yaml"),
-                  "--limit", "2", "--output_path", str(tmp_path / "out")]) == 0  # fmt: skip
+    assert command(arguments, "--limit", "2", "--output_path", str(tmp_path / "out")) == 0
     assert "|read" in capsys.readouterr().out
     (path,) = (tmp_path / "out").rglob("results_*.json")
     saved = json.loads(path.read_text())

@@ -1,10 +1,15 @@
 """LongBench, InfiniteBench and LV-Eval: metrics worked out by hand, damaged files, and runs on a tiny random model."""
 
+import functools
 import json
+import pathlib
+import shlex
+import warnings
 
 import numpy as np
 import pytest
 import tiny_folder
+from tokenizers import processors
 
 from allmem_jax import cli, convert, evals, generation, longbench, longbench_data, model, sections, text
 from allmem_jax import longbench_metrics as metrics
@@ -251,6 +256,34 @@ def test_truncation_keeps_both_ends():
     assert truncated and tokenizer.decode(chat) == turn
 
 
+def test_prompts_begin_once_and_do_not_end():
+    """Of a tokenizer that puts a BOS before and an EOS after every text, as some do; the template has its own BOS."""
+    tokenizer = tiny_folder.tiny_tokenizer()
+    bos, eos = 0, tokenizer.eos_token_id
+    tokenizer.bos_token = "<|endoftext|>"
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<|endoftext|> $A <|im_end|>", special_tokens=[("<|endoftext|>", bos), ("<|im_end|>", eos)]
+    )
+    tokenizer.chat_template = "<|endoftext|>" + tokenizer.chat_template
+    plain = tokenizer.encode(SEA, add_special_tokens=False)
+    assert longbench.encode(tokenizer, SEA, 100, chat=False) == ([bos, *plain], False)
+    kept, truncated = longbench.encode(tokenizer, SEA, 8, chat=False)
+    assert truncated and kept[0] == bos and not {bos, eos} & set(kept[1:])
+    asked, _ = longbench.encode(tokenizer, SEA, 100, chat=True)
+    assert asked.count(bos) == 1 and asked[0] == bos and asked[-1] == tokenizer.encode("\n")[1]
+
+
+def test_a_template_that_fails_is_one_line():
+    tokenizer = tiny_folder.tiny_tokenizer()
+    for template in ("{% for m in messages %}{{ m.content }", "{{ raise_exception('roles must alternate') }}"):
+        tokenizer.chat_template = template
+        with pytest.raises(
+            ValueError, match="the chat template fails on a user's message .*: ask in plain text"
+        ) as error:
+            longbench.encode(tokenizer, SEA, 100, chat=True)
+        assert "\n" not in str(error.value)
+
+
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
     """The folder of a tiny model with a memory, and what is in it."""
@@ -310,6 +343,45 @@ def test_predictions_are_those_of_the_model(tiny, tmp_path):
     assert section.data["tasks"]["passkey"]["truncated"] == 1
     assert section.tables[0].header[-3:] == ("full", "swa", "allmem")
     assert "--max-length 220" in section.command and "--window 24" in section.command
+
+
+def test_the_recorded_command_asks_for_the_same(tiny, tmp_path, monkeypatch):
+    """Read by the command's own parser, it has the settings that it was recorded for."""
+    path, config, _, _ = tiny
+    data = write(tmp_path / "some data", "hotpotqa_e", question())
+    write(data, "qasper_e", question())
+    settings = longbench_data.Settings("longbench_e", ("qasper_e", "hotpotqa_e"), 3, 200, "never", 4)
+    config = config.replace(window=32, sinks=1, chunk=16, dtype="bfloat16")
+    asked = {}
+    monkeypatch.setattr(cli, "longbench", functools.wraps(cli.longbench)(lambda **given: asked.update(given)))
+    plan = longbench_data.prepare(data, settings)
+    command = longbench.command(str(path), plan, config, ("full", "write_off"), tmp_path / "out")
+    assert cli.main(shlex.split(command)[1:]) == 0
+    assert (asked["model"], asked["data"], asked["out"]) == (path, data, tmp_path / "out")
+    fields = ("suite", "tasks", "limit", "max_length", "chat", "batch")
+    assert settings == longbench_data.Settings(**{name: asked[name] for name in fields})
+    assert asked["mixers"] == ("full", "write_off")
+    assert asked["mixing"] == cli.Mixing(window=32, sinks=1, chunk=16, dtype="bfloat16")
+    command = longbench.command(str(path), plan._replace(settings=longbench_data.Settings("lveval")), config, ("swa",))
+    assert cli.main(shlex.split(command)[1:]) == 0
+    assert asked["out"] == pathlib.Path("out/longbench") and asked["tasks"] == () and asked["suite"] == "lveval"
+
+
+def test_prompts_longer_than_in_training_are_told_of_once(tiny, tmp_path, monkeypatch):
+    path, config, params, tokenizer = tiny
+    data = write(tmp_path / "data", "hotpotqa", *(question(index) for index in range(5)))
+
+    def generate(params, config, prompts, **options):
+        warnings.warn(f"{len(prompts[0])} tokens, and the model was trained on fewer", stacklevel=1)
+        return [[5]] * len(prompts)
+
+    monkeypatch.setattr(generation, "generate", generate)
+    short = path, config.replace(max_length=100), params, tokenizer
+    with pytest.warns(UserWarning) as told:
+        results = run(short, data, tmp_path / "out", mixers=("swa", "allmem"))
+    longest = max(results["tasks"]["hotpotqa"]["tokens"])
+    message = f"hotpotqa: prompts have up to {longest} tokens, and the model was trained on 100"
+    assert [str(warning.message) for warning in told] == [message]
 
 
 def test_a_second_run_goes_on(tiny, tmp_path, monkeypatch):

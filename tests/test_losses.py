@@ -1,5 +1,6 @@
 """Blockwise losses against the dense formula, and that no buffer of all logits is compiled in."""
 
+import functools
 import re
 
 import jax
@@ -74,6 +75,23 @@ def test_bfloat16():
     for got, want in zip(losses.distill_losses(*args, block=16), dense(*wide), strict=True):
         assert got.dtype == jnp.float32
         close(got, want, 1e-2)
+
+
+def test_bfloat16_gradients():
+    """Of the hidden states, and of a head in float32, which is added up over the blocks unrounded."""
+    student, teacher, head, targets = inputs(jnp.bfloat16)
+    head = head.astype(jnp.float32)
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def gradients(fn, student, head):
+        every = jax.grad(lambda x: sum(map(jnp.sum, fn(x, teacher, head, targets)[:2])))(student)
+        return every, jax.grad(lambda x: jnp.sum(fn(student, teacher, x, targets)[1]))(head)
+
+    got = gradients(functools.partial(losses.distill_losses, block=4), student, head)
+    want = gradients(dense, student.astype(jnp.float32), head)
+    assert (got[0].dtype, got[1].dtype) == (jnp.bfloat16, jnp.float32)
+    close(got[0], want[0], 1e-2)
+    close(got[1], want[1], 1e-2)
 
 
 def test_no_buffer_holds_all_logits():

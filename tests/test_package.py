@@ -47,6 +47,7 @@ def test_wheel_holds_the_two_packages_alone(wheel):
         path.relative_to(ROOT) for room in ("allmem_jax", "pallas_kernels") for path in (ROOT / room).rglob("*.py")
     ]
     assert sorted(name for name in names if name.endswith(".py")) == sorted(path.as_posix() for path in on_disk)
+    assert {"allmem_jax/py.typed", "pallas_kernels/py.typed"} <= set(names)  # pyproject.toml says that it is typed
     assert any(name.endswith("licenses/LICENSE") for name in names)
 
 

@@ -5,10 +5,11 @@ import math
 import re
 
 import jax
+import numpy as np
 import pytest
 
 from allmem_jax import config as config_lib
-from allmem_jax import cost, sharding
+from allmem_jax import cost, families, sharding
 from train import finetune, flops, plan
 from train.recipe import FinetuneConfig
 
@@ -72,15 +73,33 @@ def test_the_page(recipe, found):
     assert "the compiler refused" in plan.describe(recipe, planned(recipe), refused, "h100", mesh, 0.5)
 
 
-def test_bad_names_and_meshes(recipe):
+def test_bad_names_and_meshes(recipe, error_of):
     with pytest.raises(ValueError, match="compile_only='a100' must be v4, v5e"):
         plan.make(recipe, "a100", 0.4)
     with pytest.raises(ValueError, match="mfu=2 above 0"):
         plan.make(recipe, "h100", 2)
     with pytest.warns(UserWarning, match="tensor x context = 4 does not divide the 2 key heads"):
         plan.warn_of_repeated_work(plan.planned_config(recipe), {"tensor": 2, "context": 2})
-    with pytest.raises(SystemExit, match="no preset 'qwen9'"):
-        finetune.main(["configs/smoke.py", "--model", "qwen9", "--compile_only", "h100"])
+    arguments = ["configs/smoke.py", "--model", "qwen9", "--compile_only", "h100"]
+    assert "no preset 'qwen9'" in error_of(finetune.main, arguments)
+
+
+def test_a_gguf_is_planned_by_its_header(recipe, smollm2_path, monkeypatch):
+    monkeypatch.setattr(np, "memmap", None)  # no tensor is read
+    config = plan.planned_config(dataclasses.replace(recipe, model=str(smollm2_path)))
+    wanted = recipe.student(config_lib.preset("smollm2-135m"), remembers=False)
+    assert families.differing_fields(config, wanted) == [] and config.n_mem == wanted.n_mem == 3
+    assert (config.mixer, config.window, config.d_mem) == ("allmem", 64, 8)
+    with pytest.raises(FileNotFoundError, match="no such file"):
+        plan.planned_config(dataclasses.replace(recipe, model="nowhere.gguf"))
+
+
+@pytest.mark.parametrize("name", config_lib.PRESETS)
+def test_a_preset_and_its_checkpoint_get_as_many_memory_heads(name):
+    config = config_lib.preset(name)
+    read = families.config_from_hf(families.config_to_hf(config))
+    heads = {1: 4, 2: 4, 3: 3, 5: 5, 8: 8, 32: 8}[config.n_kv_heads]
+    assert (config.n_mem, read.n_mem, read.memory_heads) == (heads,) * 3
 
 
 def test_operations_of_a_step():

@@ -82,10 +82,13 @@ def test_impossible_settings_are_refused():
         recall.RecallConfig(steps=15)
 
 
-def test_command_line():
+def test_command_line(capsys):
     assert recall.parse([]) == recall.parse(["mqar"]) == recall.TASKS["mqar"]
     changed = recall.parse(["passkey", "--gap", "20", "30", "--offset", "2", "--model.lr_init", "0.5"])
     assert (changed.digits, changed.gap, changed.offset, changed.model.lr_init) == (5, (20, 30), 2, 0.5)
+    with pytest.raises(SystemExit) as stop:
+        recall.parse(["mqar", "--keys", "3"])
+    assert stop.value.code == 2 and "must lie between 1 and keys=3" in capsys.readouterr().err
 
 
 def test_comparisons_are_fair():
@@ -111,6 +114,7 @@ def test_grid_keeps_what_it_has_trained(tmp_path, monkeypatch):
     assert all(0 <= value <= 1 for _, _, value in row["accuracy"])
     monkeypatch.setattr(recall, "train", None)  # nothing is trained again
     assert recall_grid.main(settings) == made
+    assert made.command == f"python -m train.recall_grid --out {tmp_path} --settings mqar --seeds 0 1"
     assert sections.load(tmp_path / "section.json").tables == made.tables
     with pytest.raises(ValueError, match=r"mqar-swa-0.json is the result of other settings"):
         recall_grid.main(dataclasses.replace(settings, steps=10))

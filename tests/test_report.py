@@ -3,9 +3,11 @@
 import dataclasses
 import json
 import re
+import shlex
 
 import pytest
 import tiny_folder
+from test_cli import parsed
 
 from allmem_jax import cli, cost, evaluation_report, full_report, latency, longbench, report, sections, tasks
 
@@ -154,6 +156,30 @@ def test_an_interrupt_loses_nothing_that_is_finished(folder, tmp_path, calls, mo
         assert run(folder, tmp_path, *QUICK) == 130
     assert run(folder, tmp_path, *QUICK) == 0
     assert calls == ["cost", "latency"]
+
+
+def test_a_report_records_how_it_was_made(folder, tmp_path, calls, monkeypatch):
+    """The whole page's command, parsed again, is the same call; those of its parts are commands with the same sizes."""
+    more = ["--skip", *PARTS, "--dtype", "bfloat16", "--samples", "3", "--prompt-length", "48"]
+    assert run(folder, tmp_path, *more) == 0
+    recorded = json.loads((tmp_path / "report.json").read_text())["sections"][0]["command"]
+    given = [str(folder), str(folder.parent / "book.txt"), "--out", str(tmp_path), "--length", "64", *more]
+    expected = parsed(monkeypatch, "report", [*given, "--sequences", "1"])
+    assert parsed(monkeypatch, "report", shlex.split(recorded)[2:]) == expected
+
+    settings = full_report.Settings(folder, (folder.parent / "book.txt",), length=64, sequences=1, dtype="bfloat16")
+    config = full_report.read_config(folder)
+    parts = full_report.parts(full_report.Given(settings, config, {}, lambda: pytest.fail("nothing is loaded")))
+    made = {part.name: parsed(monkeypatch, *split_command(part.command)) for part in parts}
+    assert made["distance"]["mixing"].dtype == made["answers"]["mixing"].dtype == "bfloat16"
+    assert (made["distance"]["length"], made["distance"]["sequences"]) == (64, 1)
+    assert made["cost"]["windows"] == (24,) and made["latency"]["measure"]
+
+
+def split_command(command: str) -> tuple[str, list[str]]:
+    """The name of an `allmem` command and its arguments."""
+    _, name, *arguments = shlex.split(command)
+    return name, arguments
 
 
 def test_sections_of_other_programs_are_included(folder, tmp_path, calls):

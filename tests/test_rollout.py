@@ -16,8 +16,8 @@ import pytest
 from array_record.python import array_record_module
 from pyarrow import parquet
 
-from allmem_jax import generation, model
-from train import documents, finetune, on_policy, rollout, tiny
+from allmem_jax import generation, model, text
+from train import checkpoint, documents, finetune, on_policy, rollout, tiny
 from train import prompts as prompts_lib
 from train.recipe import FinetuneConfig
 
@@ -50,7 +50,7 @@ def student():
     memory = {"layers": {"memory": memory["layers"]["memory"] | {"alpha": alpha}}}
     tokenizer = tiny.ByteTokenizer()
     params = model.merge_params(tiny.backbone(), memory)
-    return rollout.Student(CONFIG, params, tokenizer, rollout.stop_tokens(tokenizer))
+    return rollout.Student(CONFIG, params, tokenizer, rollout.stop_tokens(tokenizer, CONFIG))
 
 
 @pytest.fixture(scope="module")
@@ -127,7 +127,27 @@ def test_other_settings_are_refused(answers, student, prompts):
         run(student=student._replace(params=jax.tree.map(lambda x: x + 1, student.params)))
     with pytest.raises(ValueError, match="other settings: prompts is"):
         run(prompts=prompts[1:])
+    with pytest.raises(ValueError, match=r"other settings: stops is \[10\] there and \[10, 11\] here"):
+        run(student=student._replace(stops=[10, 11]))
     assert answers[0].read_bytes() == before
+
+
+def test_finished_is_what_a_stop_token_ended(student, prompts, monkeypatch):
+    """By either of two stop tokens, at once, as the last token that is allowed, or not at all."""
+    drawn = np.array([[97, 10, 98], [11, 98, 98], [97, 98, 99], [97, 98, 11]]).T
+    monkeypatch.setattr(generation, "prefill", lambda *_, **__: (None, None))
+    monkeypatch.setattr(generation, "stream", lambda *_, **__: ((tokens, None) for tokens in drawn))
+    settings = dataclasses.replace(SETTINGS, max_tokens=3)
+    lines = rollout._answer(settings, student._replace(stops=[10, 11]), prompts[:4], None, 0)
+    assert [line["finished"] for line in lines] == [True, True, False, True]
+    assert [line["messages"][-1]["content"] for line in lines] == ["a", "", "abc", "ab"]
+    assert [line["tokens"] for line in lines] == [1, 0, 3, 2]
+
+
+def test_stop_tokens_are_those_of_tokenizer_and_model(monkeypatch):
+    monkeypatch.setattr(text, "stop_tokens", lambda *arguments: list(arguments))
+    assert rollout.stop_tokens("tokenizer", CONFIG) == ["tokenizer", CONFIG]
+    assert rollout.stop_tokens(tiny.ByteTokenizer(), CONFIG) == [ord("\n")]
 
 
 @pytest.mark.parametrize(
@@ -137,7 +157,7 @@ def test_other_settings_are_refused(answers, student, prompts):
         ('{"messages": []}', "jsonl:2 must end with a turn of the user that is not empty"),
         ('{"text": "a"}', 'jsonl:2 has neither a non-empty "prompt"'),
         ('{"messages": [{"role": "assistant", "content": "a"}]}', "must end with a turn of the user.* ends with"),
-        ('{"messages": [{"role": "user"}]}', "must end with a turn of the user"),
+        ('{"messages": [{"role": "user"}]}', 'needs a "role" and a "content"'),
         ('{"messages": [{"content": "b"}, {"role": "user", "content": "a"}]}', 'needs a "role" and a "content"'),
         (json.dumps({"prompt": "a" * 200}), r"has \d+ tokens and max_prompt=100"),
         ('{"prompt": "a"', "jsonl:2 is not JSON"),
@@ -159,7 +179,7 @@ def test_prompts_of_other_files(prompts, tmp_path):
     for file in tmp_path.iterdir():
         assert prompts_lib.read(str(file), tiny.ByteTokenizer(), 100) == prompts
     (tmp_path / "prompts.txt").write_text("a")
-    with pytest.raises(ValueError, match="must be a .jsonl, .parquet, .arrayrecord file"):
+    with pytest.raises(ValueError, match="must be a .jsonl, .json, .parquet, .arrayrecord file"):
         prompts_lib.read(str(tmp_path / "prompts.txt"), tiny.ByteTokenizer(), 100)
 
 
@@ -191,11 +211,21 @@ def recipe(folder):
 
 
 @pytest.fixture(scope="module")
-def whole(recipe, folder):
-    return on_policy.run(recipe, str(folder / "prompts.jsonl"), 2, SETTINGS)
+def hashed():
+    """What the rounds of `whole` took a hash of."""
+    return []
 
 
-def test_each_round_learns_on_its_own_answers(whole, recipe):
+@pytest.fixture(scope="module")
+def whole(recipe, folder, hashed):
+    take = checkpoint.content_hash
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoint, "content_hash", lambda tree: hashed.append(tree) or take(tree))
+        return on_policy.run(recipe, str(folder / "prompts.jsonl"), 2, SETTINGS)
+
+
+def test_each_round_learns_on_its_own_answers(whole, recipe, hashed):
+    assert ["embed" in tree for tree in hashed] == [True, False, False]  # the backbone once, the memory each round
     said = [(whole / f"round-{number}/answers.jsonl").read_text().splitlines() for number in (1, 2)]
     assert [sorted(json.loads(line)["id"] for line in lines) for lines in said] == [[0, 2, 4, 6, 8], [1, 3, 5, 7, 9]]
     memories = [finetune.trained_memory(whole / name) for name in ("round-1", "round-2", "")]
@@ -227,29 +257,26 @@ def test_rounds_go_on_where_they_stopped(whole, recipe, folder, monkeypatch):
     jax.tree.map(np.testing.assert_array_equal, got, want)
 
 
-def test_a_trained_memory_answers_by_command(whole, folder, capsys):
+def test_a_trained_memory_answers_by_command(whole, folder, capsys, error_of):
     out = folder / "command.jsonl"
     arguments = ["--model", "tiny", "--memory", str(whole), "--prompts", str(folder / "prompts.jsonl")]
     small = ["--batch", "4", "--max-tokens", "12", "--temperature", "8", "--max-prompt", "100", "--piece", "16"]
     rollout.main([*arguments, "--out", str(out), *small])
     assert capsys.readouterr().out.strip() == str(out)
     assert out.read_text().count("\n") == 10
-    with pytest.raises(SystemExit, match="config.window is 32 there and 8 here"):
-        rollout.main([*arguments, "--out", str(out), *small, "--window", "8"])
-    with pytest.raises(SystemExit, match="model is not set: give --model"):
-        rollout.main([])
-    with pytest.raises(SystemExit, match="window: tiny has no memory"):
-        rollout.main(["--model", "tiny", "--prompts", "p", "--out", "o.jsonl", "--window", "8"])
-    with pytest.raises(SystemExit, match="memory='nowhere' has no allmem_config.json"):
-        rollout.main(["--model", "tiny", "--memory", "nowhere", "--prompts", "p", "--out", "o.jsonl"])
+    other = error_of(rollout.main, [*arguments, "--out", str(out), *small, "--window", "8"])
+    assert "config.window is 32 there and 8 here" in other
+    assert "model is not set: give --model" in error_of(rollout.main, [])
+    asked = ["--model", "tiny", "--prompts", "p", "--out", "o.jsonl"]
+    assert "window: tiny has no memory" in error_of(rollout.main, [*asked, "--window", "8"])
+    assert "memory='nowhere' has no allmem_config.json" in error_of(rollout.main, [*asked, "--memory", "nowhere"])
 
 
-def test_rounds_that_cannot_be(recipe, folder):
+def test_rounds_that_cannot_be(recipe, folder, error_of):
     config = dataclasses.replace(recipe, out=str(folder / "never"))
     with pytest.raises(ValueError, match="rounds=11 must be from 1 to the number of prompts, 10"):
         on_policy.run(config, str(folder / "prompts.jsonl"), 11, SETTINGS)
     with pytest.raises(ValueError, match="objective='pretrain'"):
         on_policy.run(dataclasses.replace(config, objective="pretrain"), str(folder / "prompts.jsonl"), 1, SETTINGS)
-    with pytest.raises(SystemExit, match="prompts is not set"):
-        on_policy.main(["--model", "tiny", "--out", str(folder / "never")])
+    assert "prompts is not set" in error_of(on_policy.main, ["--model", "tiny", "--out", str(folder / "never")])
     assert not (folder / "never").exists()

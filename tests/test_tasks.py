@@ -1,13 +1,17 @@
 """Hidden questions: where the evidence stands, what counts as right, and that a mixer is compiled once a cache size."""
 
 import dataclasses
+import functools
 import json
 import pathlib
 import re
+import shlex
+import warnings
 
 import numpy as np
 import pytest
 import tiny_folder
+from tokenizers import processors
 
 from allmem_jax import cli, evals, generation, model, prompts, sections, tasks
 from allmem_jax import convert as convert_lib
@@ -272,11 +276,74 @@ def test_the_command(folder, tmp_path, capsys):
     assert cli.main(["recall", str(folder), str(text), *asked]) == 0
     section = sections.load(out / "recall.json")
     assert section.tables[0].rows[0][0] == "short_needle"
-    assert section.command.endswith("--window 400 --sinks 4 --chunk 8 --seed 0")
+    assert section.command.endswith(f"--samples 2 --seed 0 --batch 2 --out {out}")
     assert section.command.startswith(f"allmem recall {folder} {text} --tasks short_needle --lengths 1600 3200")
     assert "Share of right answers" in capsys.readouterr().out
     assert cli.main(["recall", str(folder), str(text), "--tasks", "book_questions"]) == 2
     assert "needs questions" in capsys.readouterr().err
+
+
+def test_the_recorded_command_asks_for_the_same(monkeypatch):
+    """Read by the command's own parser, it has the settings that it was recorded for."""
+    settings = tasks.Settings(("needle", "variables"), (512, 700), samples=3, chat=True, seed=5, batch=2)
+    config = tiny_config(mixer="swa", window=40, sinks=3, chunk=10, dtype="bfloat16")
+    paths = pathlib.Path("a model"), (pathlib.Path("a"), pathlib.Path("b c")), pathlib.Path("q.jsonl")
+    asked = {}
+    monkeypatch.setattr(cli, "recall", functools.wraps(cli.recall)(lambda **given: asked.update(given)))
+    command = tasks.command(*paths, settings, config, pathlib.Path("some out"))
+    assert cli.main(shlex.split(command)[1:]) == 0
+    assert (asked["model"], asked["texts"], asked["questions"], asked["out"]) == (*paths, pathlib.Path("some out"))
+    assert tasks.Settings(**{field.name: asked[field.name] for field in dataclasses.fields(tasks.Settings)}) == settings
+    assert asked["mixing"] == cli.Mixing("swa", 40, 3, 10, "bfloat16")
+    assert cli.main(shlex.split(tasks.command(paths[0], (), None, settings, config))[1:]) == 0
+    assert asked["texts"] == () and asked["questions"] is None and asked["out"] == pathlib.Path("out/recall")
+
+
+def test_prompts_longer_than_in_training_are_told_of_once(tokenizer, monkeypatch):
+    def generate(params, config, prompts, **options):
+        warnings.warn(f"{len(prompts[0])} tokens, and the model was trained on fewer", stacklevel=1)
+        return [[5]] * len(prompts)
+
+    monkeypatch.setattr(generation, "generate", generate)
+    config = tiny_config(mixer="swa", window=WINDOW, sinks=SINKS, max_length=500)
+    variants = [evals.Variant(name, config.replace(mixer=name)) for name in ("full", "swa")]
+    settings = tasks.Settings(("needle", "short_needle"), (LENGTH,), samples=4, batch=1)
+    with pytest.warns(UserWarning) as told:
+        tasks.measure(settings, {}, tokenizer, {"ahab": TEXT}, variants)
+    message = f"needle: prompts have up to {LENGTH - prompts.room('needle')} tokens, and the model was trained on 500"
+    assert [str(warning.message) for warning in told] == [message]
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_prompts_begin_once_and_do_not_end(chat):
+    """Of a tokenizer that puts a BOS before and an EOS after every text, as some do; the template has its own BOS."""
+    tokenizer = tiny_folder.tiny_tokenizer()
+    eos = tokenizer.eos_token_id
+    tokenizer.bos_token = "<|endoftext|>"
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<|endoftext|> $A <|im_end|>", special_tokens=[("<|endoftext|>", 0), ("<|im_end|>", eos)]
+    )
+    tokenizer.chat_template = "<|endoftext|>" + tokenizer.chat_template
+    for task in ("needle", "short_cloze", prompts.CLOSED_BOOK):
+        ids = make(tokenizer, chat=chat).make(task, LENGTH, 0).prompt
+        assert ids[0] == 0 and 0 not in ids[1:] and ids[-1] != eos
+        assert ids.count(eos) == (chat and task != "short_cloze")
+
+
+def test_templates_are_told_not_to_think_and_may_fail(tokenizer):
+    tokenizer = tiny_folder.tiny_tokenizer()
+    tokenizer.chat_template = "{{ messages[0].content }}{% if enable_thinking is false %}<quiet>{% endif %}"
+    assert prompts.render(tokenizer, "Why?") == "Why?<quiet>"
+    for template, message in (
+        ("{{ raise_exception('no') }}", "fails on a user's message .TemplateError: no.: ask in plain text"),
+        ("{% if", "the chat template fails"),
+        ("{{ messages[0].content + 1 }}", "the chat template fails .*TypeError"),
+        ("{{ messages[0].content }}" * 2, "writes a user's message 2 times"),
+        ("hello", "writes a user's message 0 times"),
+    ):
+        tokenizer.chat_template = template
+        with pytest.raises(ValueError, match=message):
+            make(tokenizer, chat=True).make("needle", LENGTH, 0)
 
 
 def test_the_fingerprint_follows_the_files(tmp_path):

@@ -9,6 +9,7 @@ import tiny_folder
 import transformers
 from tokenizers import processors
 
+from allmem_jax import ends
 from allmem_jax import tokenizer as tokenizer_lib
 
 TEXTS = ["the word 'secret' and x != y ; print ( 'max' )", "he said ' so ' . Really ?", "don 't , 'm 're 've n't"]
@@ -100,6 +101,27 @@ def test_a_sentencepiece_model_alone_has_its_own_ids(kind, tmp_path):
             assert each.encode(text) == [gold.bos_id(), *ids], text
             assert each.decode(ids) == gold.decode(ids)
     assert (found.bos_token, found.eos_token, found.unk_token) == ("<s>", "</s>", "<unk>")
+
+
+ODD = [None, True, 7, -1, 1.5, "", "x", [], ["<s>"], {}, {"a": 1}, {"content": 3}, {"7": {"content": []}}]
+KEYS = ["tokenizer_class", "eos_token", "bos_token", "unk_token", "pad_token", "chat_template", "added_tokens_decoder",
+        "extra_special_tokens", "additional_special_tokens", "model_max_length", "clean_up_tokenization_spaces",
+        "add_bos_token", "padding_side", "legacy", "auto_map"]  # fmt: skip
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_an_odd_tokenizer_config_loads_or_is_one_line(source, tmp_path, key):
+    source.save_pretrained(tmp_path)
+    path = tmp_path / "tokenizer_config.json"
+    good = json.loads(path.read_text())
+    for value in ODD:
+        path.write_text(json.dumps(good | {key: value}))
+        try:
+            tokenizer = tokenizer_lib.load_tokenizer(tmp_path)
+        except ValueError as error:
+            assert "\n" not in str(error)
+        else:
+            assert all(type(token) is int for token in ends.of_tokenizer(tokenizer))
 
 
 def test_damaged_tokenizers_are_one_line(tmp_path):

@@ -4,6 +4,7 @@ import dataclasses
 import errno
 import os
 import pathlib
+import runpy
 import signal
 import subprocess
 import sys
@@ -15,8 +16,9 @@ import numpy as np
 import pytest
 
 from allmem_jax import config as config_lib
-from allmem_jax import sharding
-from train import checkpoint, finetune, metrics, overhead, programs, steps, tiny
+from allmem_jax import convert, model, sharding
+from tests import tiny_folder
+from train import checkpoint, finetune, metrics, overhead, plan, programs, steps, tiny
 from train.recipe import FinetuneConfig
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -169,6 +171,8 @@ def test_a_checkpoint_of_another_recipe_or_model_is_refused(recipe, pretrained, 
     before = (pathlib.Path(recipe.out) / "metrics.jsonl").read_text()
     with pytest.raises(checkpoint.CheckpointMismatch, match="learning_rate is 0.01 there and 0.02 here"):
         finetune.run(dataclasses.replace(recipe, learning_rate=2e-2), pretrained)
+    with pytest.raises(checkpoint.CheckpointMismatch, match="batch is 2 there and 4 here; steps is 6 there and 8 here"):
+        finetune.run(dataclasses.replace(recipe, batch=4, steps=8), pretrained)
     other = pretrained._replace(backbone=tiny.backbone(seed=1))
     with pytest.raises(checkpoint.CheckpointMismatch, match="backbone is"):
         finetune.run(recipe, other)
@@ -201,6 +205,104 @@ def test_a_mesh_of_four_devices_gives_the_same_losses(recipe, whole, folder):
 def test_schedule_rises_holds_and_falls():
     rate = steps.wsd_schedule(2.0, steps=10, warmup=2, decay=0.4)
     np.testing.assert_allclose([rate(i) for i in range(11)], [1, 2, 2, 2, 2, 2, 2, 1.5, 1, 0.5, 0], rtol=1e-6)
+
+
+def test_the_memory_of_a_folder_is_trained_as_it_is(recipe, tmp_path):
+    """None leaves every field to the folder; a value that differs from its memory is refused, all in one error."""
+    path = tiny_folder.write(tmp_path / "plain")
+    plain = convert.read_config(path)
+    unlike = dict(qk_scale="rms", n_mem=3, d_mem=4, mem_expansion=3, conv_kernel=2, alpha_init=0.1, lr_init=0.02,
+                  momentum_init=0.3)  # fmt: skip
+    config = plain.replace(mixer="allmem", write=False, **unlike)
+    _, backbone, tokenizer = convert.load_pretrained(path)
+    memory = model.init_memory(config, seed=7)
+    convert.save_pretrained(tmp_path / "saved", config, model.merge_params(backbone, memory), tokenizer)
+    recipe = dataclasses.replace(recipe, model=str(tmp_path / "saved"), d_mem=None)
+    start = finetune.load(recipe)
+    assert {name: getattr(start.config, name) for name in unlike} == unlike and not start.config.write
+    assert (start.config.window, start.config.sinks, start.config.chunk) == (32, 3, 8)
+    jax.tree.map(np.testing.assert_array_equal, start.memory, memory)
+    same = dataclasses.replace(recipe, qk_scale="rms", d_mem=4, lr_init=0.02, mixer="allmem", write=True)
+    assert finetune.load(same).config == start.config.replace(write=True)
+    for name, value in dict(mixer="delta", n_mem=1, d_mem=8, qk_scale="l2", alpha_init=0.0, lr_init=0.01,
+                            momentum_init=0.5).items():  # fmt: skip
+        with pytest.raises(ValueError, match=rf"{name}={value!r} \(it has .*Set {name} to None"):
+            dataclasses.replace(recipe, **{name: value}).student(config, remembers=True)
+    with pytest.raises(ValueError, match=r"d_mem=8 \(it has 4\), qk_scale='l2' \(it has 'rms'\)"):
+        plan.planned_config(dataclasses.replace(recipe, d_mem=8, qk_scale="l2"))
+    assert plan.planned_config(recipe) == start.config
+
+
+def test_a_fresh_memory_is_the_recipes(recipe, tmp_path, monkeypatch):
+    """Of the recipe's seed and fields, with the defaults of `ModelConfig` in place of None, and no warning."""
+    monkeypatch.setattr(model, "init_memory", lambda *arguments: arguments)
+    recipe = dataclasses.replace(recipe, model=str(tiny_folder.write(tmp_path / "plain")), d_mem=None)
+    start = finetune.load(dataclasses.replace(recipe, seed=3, mixer="delta", d_mem=4, lr_init=0.02))
+    assert (start.config.mixer, start.config.d_mem, start.config.lr_init) == ("delta", 4, 0.02)
+    assert start.memory == (start.config, 3)
+    default = finetune.load(recipe).config
+    assert (default.mixer, default.write, default.qk_scale, default.d_mem) == ("allmem", True, "l2", 64)
+    assert (default.lr_init, default.n_mem) == (0.005, 4)  # the model has one key head
+
+
+def test_what_a_run_depends_on_has_no_gaps(recipe, pretrained):
+    """The identity has the model's values where the recipe leaves them to it, so that it tells runs apart."""
+    rows = type("Rows", (), {"content_hash": lambda self: "rows"})()
+    one = finetune.identity(recipe, pretrained, rows)
+    assert (one["mixer"], one["write"], one["d_mem"], one["qk_scale"]) == ("allmem", True, 8, "l2")
+    assert finetune.identity(dataclasses.replace(recipe, qk_scale="l2", write=True), pretrained, rows) == one
+    for change in (dict(qk_scale="rms"), dict(lr_init=0.1), dict(write=False)):
+        other = pretrained._replace(config=pretrained.config.replace(**change))
+        assert finetune.identity(recipe, other, rows) != one
+    known = pretrained._replace(origin=one["backbone"], backbone=None)
+    assert finetune.identity(recipe, known, rows) == one
+
+
+class Ragged:
+    """Rows of which few, or no, positions have a loss, none of them from `end` on; see `data.Source`."""
+
+    def __init__(self, end=48):
+        self.end = end
+
+    def __len__(self):
+        return 6
+
+    def __getitem__(self, index):
+        rng = np.random.default_rng(index)
+        tokens = rng.integers(97, 110, 49).astype(np.int32)
+        mask = (rng.random(48) < (0.0, 0.0, 0.05, 0.1, 0.5, 1.0)[index]) & (np.arange(48) < self.end)
+        return {"tokens": tokens[:-1], "targets": tokens[1:], "mask": mask, "segment_ids": np.ones(48, np.int32)}
+
+
+def test_evaluation_weighs_positions_not_batches(recipe, pretrained):
+    """Against the mean over all positions at once; NaN where a kind of position does not occur."""
+    config = dataclasses.replace(recipe, batch=1, eval_batches=6, objective="pretrain")
+    mesh = sharding.make_mesh()
+    params = model.merge_params(pretrained.backbone, pretrained.memory)
+    with jax.set_mesh(mesh):
+        got, near = (
+            finetune._evaluation(config, pretrained.config, rows, None, mesh)(params, {})
+            for rows in (Ragged(), Ragged(end=35))
+        )
+    rows = [Ragged()[index] for index in range(6)]
+    tokens, targets, mask = (np.stack([row[name] for row in rows]) for name in ("tokens", "targets", "mask"))
+    logits = jax.jit(lambda tokens: model.AllMemLM(pretrained.config).apply({"params": params}, tokens))(tokens)
+    each = -np.take_along_axis(np.asarray(jax.nn.log_softmax(logits)), targets[..., None], axis=-1)[..., 0]
+    beyond = np.arange(48) >= 32 + 3
+    want = {"ce": each[mask], "ce_inside": each[mask & ~beyond], "ce_beyond": each[mask & beyond]}
+    assert got == {f"eval_{name}": pytest.approx(values.mean(), rel=1e-5) for name, values in want.items()}
+    assert np.isnan(near["eval_ce_beyond"]) and near["eval_ce"] == near["eval_ce_inside"]
+
+
+@pytest.mark.parametrize("mixer", config_lib.MEMORY_MIXERS)
+def test_weight_decay_is_on_all_projections_that_are_trained(mixer):
+    """In pretraining on each matrix [layers, in, out] of attention, MLP and memory; not on embedding and head."""
+    config = tiny.CONFIG.replace(mixer=mixer, tie_embeddings=False, qkv_bias=True, qk_norm=True, d_model=64)
+    shapes = jax.eval_shape(lambda: model.random_params(config))
+    leaves = {sharding.path_string(path): x.shape for path, x in jax.tree_util.tree_leaves_with_path(shapes)}
+    on = {sharding.path_string(path) for path, on in jax.tree_util.tree_leaves_with_path(steps.decayed(shapes)) if on}
+    assert on == {path for path, shape in leaves.items() if len(shape) == 3 and "_conv/" not in path}
+    assert {path.split("/")[1] for path in on} == {"attention", "mlp", "memory"}
 
 
 def test_weight_decay_is_on_projections_only():
@@ -262,18 +364,36 @@ def test_blind_gap_is_warned_of(recipe):
         dataclasses.replace(recipe, window=(4, 32)).check()
 
 
-def test_command_line(capsys, tmp_path):
-    with pytest.raises(SystemExit, match="no recipe at nowhere.py"):
-        finetune.main(["nowhere.py"])
+def test_command_line(capsys, tmp_path, error_of):
+    assert "no recipe at nowhere.py" in error_of(finetune.main, ["nowhere.py"])
     (tmp_path / "empty.py").write_text("")
-    with pytest.raises(SystemExit, match="must define `config = FinetuneConfig"):
-        finetune.main([str(tmp_path / "empty.py")])
+    assert "must define `config = FinetuneConfig" in error_of(finetune.main, [str(tmp_path / "empty.py")])
     with pytest.raises(SystemExit):
         finetune.main([os.path.join(ROOT, "configs/smoke.py"), "--help"])
     shown = " ".join(capsys.readouterr().out.replace("│", " ").split())
     assert "--learning-rate" in shown and "first tokens that stay visible" in shown
     with pytest.raises(SystemExit):
         finetune.main([os.path.join(ROOT, "configs/smoke.py"), "--steps", "many"])
+    given = [os.path.join(ROOT, "configs/smoke.py"), "--d_mem", "None", "--lr-init", "0.1", "--write", "False"]
+    left = finetune.parse(FinetuneConfig, "train.finetune", "", given)
+    assert (left.d_mem, left.lr_init, left.write) == (None, 0.1, False)
+
+
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules")
+@pytest.mark.parametrize(
+    ("program", "arguments", "message"),
+    [
+        ("recall_grid", ["--seeds"], "or there is no seed"),
+        ("needle", ["score", "--model", "nowhere"], "nowhere: no such file or folder"),
+        ("overhead", ["nowhere.py"], "no recipe at nowhere.py"),
+        ("compare", ["a.txt", "--windows", "1"], "windows=(1,) and sinks="),
+        ("demo", ["--recipe", "nowhere.py"], "no recipe at nowhere.py"),
+        ("fetch", ["nothing"], "nothing called 'nothing' to fetch"),
+    ],
+)
+def test_programs_end_with_one_line(program, arguments, message, monkeypatch, error_of):
+    monkeypatch.setattr(sys, "argv", [program, *arguments])
+    assert message in error_of(lambda: runpy.run_module(f"train.{program}", run_name="__main__"))
 
 
 def test_every_recipe_is_valid():
@@ -305,7 +425,7 @@ def test_random_weights_of_a_preset(recipe, folder, monkeypatch):
     with pytest.raises(ValueError, match="tokenizer='': the preset small comes without one"):
         finetune.load(dataclasses.replace(recipe, model="small"))
     start = finetune.Pretrained(
-        config_lib.preset("small", **recipe.model_overrides()), None, None, tiny.ByteTokenizer()
+        recipe.student(config_lib.preset("small"), remembers=False), None, None, tiny.ByteTokenizer()
     )
     mesh = sharding.make_mesh()
     state, frozen = finetune.start(dataclasses.replace(recipe, model="small", backbone_dtype="bfloat16"), start, mesh)
@@ -315,7 +435,7 @@ def test_random_weights_of_a_preset(recipe, folder, monkeypatch):
     assert frozen == {} and "embed" in state.trained
 
 
-def test_a_full_disk_is_one_error_and_older_steps_stay(recipe, pretrained, folder, monkeypatch):
+def test_a_full_disk_is_one_error_and_older_steps_stay(recipe, pretrained, folder, monkeypatch, error_of):
     config = dataclasses.replace(recipe, out=str(folder / "full"), model="tiny")
     save = checkpoint.Checkpoints.save
 
@@ -328,8 +448,7 @@ def test_a_full_disk_is_one_error_and_older_steps_stay(recipe, pretrained, folde
         patch.setattr(checkpoint.Checkpoints, "save", full)
         patch.setattr(finetune, "run", lambda config, run=finetune.run: run(config, pretrained))
         patch.setattr(finetune, "read_recipe", lambda path: config)
-        with pytest.raises(SystemExit, match="No space left on device; free some space"):
-            finetune.main(["any"])
+        assert "No space left on device; free some space" in error_of(finetune.main, ["any"])
     assert [path.name for path in (folder / "full/checkpoints").iterdir() if path.is_dir()] == ["2"]
     assert len(outcome(finetune.run(config, pretrained))[0]) == 6
 

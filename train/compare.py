@@ -18,7 +18,7 @@ import tyro
 
 from allmem_jax import config as config_lib
 from allmem_jax import convert, evals, model
-from train import fetch
+from train import errors, fetch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,7 +98,7 @@ def show(results: dict[str, dict[str, tuple[float, float]]]) -> str:
 
 def main() -> None:
     """The command."""
-    try:
+    with errors.one_line(fetch.FetchError):
         config = tyro.cli(CompareConfig, prog="python -m train.compare")
         if not config.texts:
             raise ValueError("give at least one text file")
@@ -106,8 +106,6 @@ def main() -> None:
         print(show(results))
         if config.out:
             config.out.write_text(json.dumps(results, indent=1))
-    except (ValueError, OSError, fetch.FetchError) as error:
-        raise SystemExit(f"error: {error}") from None
 
 
 if __name__ == "__main__":

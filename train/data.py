@@ -7,11 +7,12 @@ A row holds one piece of one document or, when packing, several, each starting o
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 import grain
@@ -138,7 +139,7 @@ class Part:
     piece: int | None = None
     """The longest piece of a document, in tokens; None is the row's length. Several pieces share a row."""
     response_only: bool = False
-    """In chats, take the loss on the assistant's tokens only."""
+    """In chats, and in records of a prompt and its completion, take the loss on the answers only."""
 
 
 class Mixture:
@@ -152,6 +153,7 @@ class Mixture:
       tokenizer: of the model.
       cache: folder where tokens are kept.
       align: as in `Rows`.
+      end_of_text: as in `load_documents`.
 
     Raises:
       ValueError: a part that has a weight that is not positive, no rows, or texts that cannot be used; it is named.
@@ -165,10 +167,12 @@ class Mixture:
         cache: str | os.PathLike[str],
         *,
         align: int | None = None,
+        end_of_text: bool = True,
     ):
         if not parts:
             raise ValueError("a mixture needs at least one part")
-        self.parts = tuple(_part_rows(part, length, tokenizer, cache, align) for part in parts)
+        load = functools.partial(load_documents, tokenizer=tokenizer, cache=cache, end_of_text=end_of_text)
+        self.parts = tuple(_part_rows(part, length, load, align) for part in parts)
         self.weights = tuple(part.weight for part in parts)
         self._first = np.cumsum([0, *map(len, self.parts)])
 
@@ -197,15 +201,13 @@ class Mixture:
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
-def _part_rows(
-    part: Part, length: int, tokenizer: documents_lib.Tokenizer, cache: str | os.PathLike[str], align: int | None
-) -> Rows:
+def _part_rows(part: Part, length: int, load: Callable[..., Documents], align: int | None) -> Rows:
     try:
         if not (part.weight > 0 and math.isfinite(part.weight)):
             raise ValueError(f"weight={part.weight} must be positive; take the part out instead")
         if not part.texts:
             raise ValueError("it has no texts; give it some")
-        documents = load_documents(part.texts, tokenizer, cache)
+        documents = load(part.texts)
         return Rows(documents, length, align=align, piece=part.piece, response_only=part.response_only)
     except ValueError as error:
         raise ValueError(f"the part of the mixture with texts={part.texts}: {error}") from error

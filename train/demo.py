@@ -7,10 +7,9 @@ kept under the settings that made it: a second run goes on where the first stopp
 
 import dataclasses
 import functools
-import hashlib
-import json
 import pathlib
 import re
+import shlex
 import time
 from collections.abc import Callable
 from typing import Any
@@ -19,9 +18,10 @@ import numpy as np
 import tqdm
 import tyro
 
-from allmem_jax import cost, evals, evaluation_report, model, report, sections, text
-from train import books, fetch, finetune, metrics, stages
-from train.recipe import FinetuneConfig
+from allmem_jax import config as config_lib
+from allmem_jax import convert, cost, evals, evaluation_report, model, report, sections, text
+from train import books, errors, fetch, finetune, metrics, stages
+from train.recipe import MEMORY, FinetuneConfig
 
 BEFORE = "converted, before distillation"
 CONTROL = "control: trained with writing off"
@@ -55,37 +55,53 @@ def run(demo: DemoConfig) -> pathlib.Path:
     recipe = dataclasses.replace(
         recipe, model=str(fetch.fetch("smollm2")), texts=(str(write_texts(demo.out / "texts")),)
     )
-    folder = demo.out / "runs" / key(demo, recipe)
+    begun, learnt, judged, asked = dependencies(demo, recipe)
+    runs = demo.out / "runs"
+    folder = runs / stages.key(learnt)
     memory = dataclasses.replace(recipe, write=True, export=True, out=str(folder / "memory"))
     control = dataclasses.replace(recipe, write=False, export=False, out=str(folder / "control"))
     load = functools.cache(lambda: load_model(memory))
-    stages.say(f"what each stage makes is kept in {folder}")
-
-    def do(name: str, what: str, work: Callable[[], Any]) -> Any:
-        return stages.stage(folder / f"{name}.json", what, work)
+    stages.say(f"what each stage makes is kept in {runs}")
 
     size = f"{recipe.steps} steps of {recipe.batch * recipe.seq_length} tokens"
     what = "comparing with the original on held-out books"
-    before = do("before", f"{what}, before training", lambda: evaluate(demo, load(), untrained(load())))
+    before = stages.stage(
+        runs, "before", begun | judged, f"{what}, before training", lambda: evaluate(demo, load(), untrained(load()))
+    )
     say_gap(before)
-    do("memory", f"distilling the memory, {size}", lambda: distil(memory, load()))
-    do("control", f"training the writing-off control, {size}", lambda: distil(control, load()))
-    after = do("after", f"{what}, after training", lambda: evaluate(demo, load(), trained(load(), memory, control)))
-    samples = do("samples", "writing with the converted model", lambda: write_samples(demo, load(), memory))
+    for each, name in ((memory, "distilling the memory"), (control, "training the writing-off control")):
+        work = functools.partial(distil, each, load)
+        stages.stage(folder, pathlib.Path(each.out).name, {"write": each.write}, f"{name}, {size}", work)
+    after = stages.stage(
+        folder, "after", judged, f"{what}, after training",
+        lambda: evaluate(demo, load(), trained(load(), memory, control)),
+    )  # fmt: skip
+    samples = stages.stage(
+        folder, "samples", asked, "writing with the converted model", lambda: write_samples(demo, load(), memory)
+    )
 
     results = merge(before, after)
-    page = report.write(demo.out, make_report(memory, control, results, samples))
+    page = report.write(demo.out, make_report(demo, memory, control, results, samples))
     stages.say(evaluation_report.verdict(results, evals.CONVERTED, CONTROL))
     stages.say(f"the converted model is in {pathlib.Path(memory.out, 'model')}")
     stages.say(f"done in {(time.monotonic() - began) / 60:.1f} minutes; the report is {page.resolve()}")
     return page
 
 
-def key(demo: DemoConfig, recipe: FinetuneConfig) -> str:
-    """A short name for all settings that change a result."""
-    settings = dataclasses.asdict(demo) | recipe.identity() | {"recipe": "", "out": "", "write": ""}
-    settings |= {name: source.sha256 for name, source in fetch.SOURCES.items()}
-    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:10]
+def dependencies(demo: DemoConfig, recipe: FinetuneConfig) -> tuple[dict[str, Any], ...]:
+    """What decides on the converted model before training, on what is trained, on evaluations, and on samples.
+
+    Each is JSON values for `stages.key`. Whether the memory writes is left to the stages.
+    """
+    sources = {name: source.sha256 for name, source in fetch.SOURCES.items()}
+    begun: dict[str, Any] = {name: getattr(recipe, name) for name in (*MEMORY, "seed", "dtype", "backbone_dtype")}
+    begun |= {"window": recipe.window[1], "sinks": recipe.sinks[1], "chunk": max(recipe.chunk)}
+    learnt = recipe.identity() | sources
+    judged = {"length": demo.length, "sequences": demo.sequences}
+    asked = {"question": demo.question, "passage": demo.passage, "sample_tokens": demo.sample_tokens}
+    for settings in (begun, learnt):
+        del settings["write"]
+    return begun | sources, learnt, judged, asked
 
 
 def write_texts(folder: pathlib.Path) -> pathlib.Path:
@@ -138,8 +154,9 @@ def evaluate(demo: DemoConfig, loaded: finetune.Pretrained, variants: list[evals
         return evals.evaluate(loaded.config, loaded.backbone, tokens, variants, progress=bar.update)
 
 
-def distil(recipe: FinetuneConfig, loaded: finetune.Pretrained) -> dict[str, Any]:
+def distil(recipe: FinetuneConfig, load: Callable[[], finetune.Pretrained]) -> dict[str, Any]:
     """One training run, resumed where it was stopped; returns its last line of metrics."""
+    loaded = load()
     out = finetune.run(recipe, loaded._replace(config=loaded.config.replace(write=recipe.write)))
     return metrics.read_metrics(out / "metrics.jsonl")[-1]
 
@@ -176,24 +193,29 @@ def merge(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
 
 
 def make_report(
-    memory: FinetuneConfig, control: FinetuneConfig, results: dict[str, Any], samples: list[tuple[str, str]]
+    demo: DemoConfig,
+    memory: FinetuneConfig,
+    control: FinetuneConfig,
+    results: dict[str, Any],
+    samples: list[tuple[str, str]],
 ) -> report.Report:
     """What the page says."""
+    command = "make demo" if demo == DemoConfig() else stages.command("train.demo", demo)
     training = {
         name: metrics.read_metrics(pathlib.Path(run_config.out, "metrics.jsonl"))
         for name, run_config in (("memory", memory), (CONTROL, control))
     }
     parts = (
-        evaluation_report.evaluation_section(results, evals.CONVERTED, CONTROL, command="make demo"),
-        training_section(training),
-        sections.Section("writing", "Generated text", "make demo",
+        evaluation_report.evaluation_section(results, evals.CONVERTED, CONTROL, command=command),
+        training_section(training, command),
+        sections.Section("writing", "Generated text", command,
                          tables=(sections.Table("", ("prompt", "continuation"), tuple(map(tuple, samples))),)),
         settings_section(memory),
     )  # fmt: skip
     return report.Report("SmolLM2-135M-Instruct as AllMem", parts, notes=tuple(findings(results, training)))
 
 
-def training_section(training: dict[str, list[dict[str, Any]]]) -> sections.Section:
+def training_section(training: dict[str, list[dict[str, Any]]], command: str) -> sections.Section:
     """The losses of the runs as curves, and the numbers of a few steps."""
     columns = ("step", "loss", "kl_beyond", "kl_inside", "grad_norm", "alpha_rms", "memory_lr", "memory_weights",
                "memory_velocity", "tokens_per_s", "skipped")  # fmt: skip
@@ -206,12 +228,12 @@ def training_section(training: dict[str, list[dict[str, Any]]]) -> sections.Sect
         cells = tuple(tuple(report.number(row[column]) for column in present) for row in few)
         tables.append(sections.Table(f"{name}: {len(rows)} steps recorded", tuple(present), cells))
     plot = sections.Plot("training", "step", "loss (nats)", lines)
-    return sections.Section("training", "Training", "make demo", tables=tuple(tables), plots=(plot,), data=shown)
+    return sections.Section("training", "Training", command, tables=tuple(tables), plots=(plot,), data=shown)
 
 
 def settings_section(memory: FinetuneConfig) -> sections.Section:
     """The recipe, and what to do with the model that it made."""
-    exported = str(pathlib.Path(memory.out, "model"))
+    exported = shlex.quote(str(pathlib.Path(memory.out, "model")))
     commands = [
         f"allmem generate {exported} 'Once upon a time' --max-tokens 100",
         f"allmem chat {exported}",
@@ -219,7 +241,9 @@ def settings_section(memory: FinetuneConfig) -> sections.Section:
         f"allmem report {exported} --out out/report",
         f"allmem info {exported}",
     ]
-    rows = tuple((name, str(value)) for name, value in memory.identity().items())
+    saved = config_lib.ModelConfig.from_json(pathlib.Path(memory.out, convert.ALLMEM_CONFIG).read_text())
+    settings = memory.identity() | {name: getattr(saved, name) for name in MEMORY}
+    rows = tuple((name, str(value)) for name, value in settings.items())
     table = sections.Table("", ("setting", "value"), rows)
     return sections.Section("settings", "Settings, and what to do next", "\n".join(commands), tables=(table,))
 
@@ -249,10 +273,8 @@ def say_gap(results: dict[str, Any]) -> None:
 
 def main() -> None:
     """The command."""
-    try:
+    with errors.one_line(fetch.FetchError):
         run(tyro.cli(DemoConfig, prog="python -m train.demo"))
-    except (ValueError, OSError, FloatingPointError, fetch.FetchError) as error:
-        raise SystemExit(f"error: {error}") from None
 
 
 if __name__ == "__main__":

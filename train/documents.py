@@ -13,6 +13,7 @@ import array
 import contextlib
 import dataclasses
 import hashlib
+import itertools
 import json
 import os
 import uuid
@@ -21,27 +22,46 @@ from concurrent import futures
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-import jinja2
 import numpy as np
 import tqdm
 
-from train import records
+from train import chats, formats, records
 
-_FORMAT = 2  # of the cache
+_FORMAT = 3  # of the cache
 _ID, _RESPONSE = np.uint32(2**31 - 1), np.uint32(2**31)
 _COLUMNS = 4
 
 
 class Tokenizer(Protocol):
-    """What is needed of a tokenizer; those of transformers have it."""
+    """What is needed of a tokenizer; those of transformers have it, and offsets of tokens besides."""
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text."""
 
     def apply_chat_template(
-        self, messages: list[dict[str, str]], *, add_generation_prompt: bool, tokenize: bool
+        self, messages: list[dict[str, Any]], *, add_generation_prompt: bool, tokenize: bool
     ) -> Any:
-        """A conversation as one string (tokenize=False)."""
+        """A conversation as one string (tokenize=False); with `tools` where a record has some."""
+
+
+class Edges(NamedTuple):
+    """What stands at the edges of plain text.
+
+    Attributes:
+      prefix: before every piece of it: the begin-of-sequence token, where the tokenizer puts one.
+      end: the last token of a document; None for none.
+    """
+
+    prefix: tuple[int, ...]
+    end: int | None
+
+
+def edges(tokenizer: Tokenizer, end_of_text: bool) -> Edges:
+    """The tokenizer's own edges; without `end_of_text`, documents just break off."""
+    from allmem_jax import tokenizer as tokenizer_lib  # here, as processes that make tokens are given these
+
+    end = getattr(tokenizer, "eos_token_id", None) if end_of_text else None
+    return Edges(tuple(tokenizer_lib.prefix_tokens(tokenizer)), end)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +72,7 @@ class Document:
       name: where it is from, for errors.
       tokens: int32 [n].
       response: bool [n], the tokens that a loss on responses alone is about; all of them in plain text.
-      prefix: what every piece cut from it starts with: the begin-of-sequence token, where the tokenizer has one.
+      prefix: what every piece cut from it starts with: the begin-of-sequence token, where the tokenizer puts one.
     """
 
     name: str
@@ -150,7 +170,11 @@ def in_memory(documents: Sequence[Document]) -> Documents:
 
 
 def load_documents(
-    paths: Sequence[str | os.PathLike[str]], tokenizer: Tokenizer, cache: str | os.PathLike[str]
+    paths: Sequence[str | os.PathLike[str]],
+    tokenizer: Tokenizer,
+    cache: str | os.PathLike[str],
+    *,
+    end_of_text: bool = True,
 ) -> Documents:
     """Every document of the files, or of those in the folders, in a fixed order; see `records` for what is read.
 
@@ -158,18 +182,21 @@ def load_documents(
       paths: files or folders.
       tokenizer: of the model.
       cache: folder where tokens are kept; files that have none there are tokenised now.
+      end_of_text: whether plain text ends with the tokenizer's end-of-text token, where it has one.
 
     Raises:
       ValueError: a file or a record that cannot be used, or a cache folder that cannot be written.
     """
+    found = records.find(paths)
+    ends = edges(tokenizer, end_of_text)
     shards = []
-    for file, digest in digests(records.find(paths), tokenizer):
+    for file, digest in digests(found, tokenizer, ends):
         shard = open_shard(file, digest, Path(cache))
-        shards.append(tokenise(file, digest, tokenizer, Path(cache)) if shard is None else shard)
-    return Documents(shards, tuple(tokenizer.encode("")))
+        shards.append(tokenise(file, digest, tokenizer, ends, Path(cache)) if shard is None else shard)
+    return Documents(shards, ends.prefix)
 
 
-def digests(files: Sequence[Path], tokenizer: Tokenizer) -> list[tuple[Path, str]]:
+def digests(files: Sequence[Path], tokenizer: Tokenizer, ends: Edges) -> list[tuple[Path, str]]:
     """Each file with its name in the cache. Files are read in pieces, several at a time."""
     of_tokenizer = tokenizer_hash(tokenizer)
 
@@ -179,7 +206,8 @@ def digests(files: Sequence[Path], tokenizer: Tokenizer) -> list[tuple[Path, str
                 content = hashlib.file_digest(opened, "sha256").hexdigest()
         except OSError as error:
             raise ValueError(f"{file} cannot be read: {error}") from error
-        return hashlib.sha256(f"{_FORMAT} {file.suffix} {content} {of_tokenizer}".encode()).hexdigest()
+        parts = f"{_FORMAT} {records.kind(file)} {content} {of_tokenizer} {ends.prefix} {ends.end}"
+        return hashlib.sha256(parts.encode()).hexdigest()
 
     with futures.ThreadPoolExecutor() as pool:
         hashes = pool.map(digest, files)
@@ -188,11 +216,16 @@ def digests(files: Sequence[Path], tokenizer: Tokenizer) -> list[tuple[Path, str
 
 
 def tokenizer_hash(tokenizer: Tokenizer) -> str:
-    """sha256 of what decides on tokens: all of a fast tokenizer, else its class and vocabulary; the chat template."""
+    """sha256 of what decides on tokens, beside `Edges`.
+
+    It is of all of a fast tokenizer, else of its class and vocabulary, of the chat template, and of the special tokens
+    that a template may write.
+    """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     vocabulary = getattr(tokenizer, "get_vocab", dict)() if backend is None else backend.to_str()
     template = getattr(tokenizer, "chat_template", None)
-    parts = [type(tokenizer).__name__, vocabulary, template, list(tokenizer.encode(""))]
+    special = {name: str(token) for name, token in getattr(tokenizer, "special_tokens_map", {}).items()}
+    parts = [type(tokenizer).__name__, vocabulary, template, special]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
@@ -210,7 +243,7 @@ def open_shard(file: Path, digest: str, cache: Path) -> Shard | None:
         return None
 
 
-def tokenise(file: Path, digest: str, tokenizer: Tokenizer, cache: Path, *, quiet: bool = False) -> Shard:
+def tokenise(file: Path, digest: str, tokenizer: Tokenizer, ends: Edges, cache: Path, *, quiet: bool = False) -> Shard:
     """Makes the tokens of a file and keeps them, record by record; `quiet` shows no progress.
 
     Raises:
@@ -219,7 +252,7 @@ def tokenise(file: Path, digest: str, tokenizer: Tokenizer, cache: Path, *, quie
     partial = {part: cache / f"{digest}.{part}.{uuid.uuid4().hex}.partial" for part in ("tokens", "documents", "json")}
     try:
         cache.mkdir(parents=True, exist_ok=True)
-        info = _write_tokens(file, tokenizer, partial["tokens"], partial["documents"], quiet)
+        info = _write_tokens(file, tokenizer, ends, partial["tokens"], partial["documents"], quiet)
         partial["json"].write_text(json.dumps(info))
         for part, written in partial.items():
             os.replace(written, cache / (f"{digest}.json" if part == "json" else f"{digest}.{part}.npy"))
@@ -240,7 +273,9 @@ def tokenise(file: Path, digest: str, tokenizer: Tokenizer, cache: Path, *, quie
     return shard
 
 
-def _write_tokens(file: Path, tokenizer: Tokenizer, tokens: Path, documents: Path, quiet: bool) -> dict[str, int]:
+def _write_tokens(
+    file: Path, tokenizer: Tokenizer, ends: Edges, tokens: Path, documents: Path, quiet: bool
+) -> dict[str, int]:
     """Writes both arrays; returns what HASH.json holds."""
     table, total, largest = array.array("q"), 0, 0
     size = file.stat().st_size
@@ -251,9 +286,9 @@ def _write_tokens(file: Path, tokenizer: Tokenizer, tokens: Path, documents: Pat
     with bar, open(tokens, "wb") as out:
         _npy_header(out, 0)
         for record in records.read(file):
-            document = _document(records.name(file, record.number), record.content, tokenizer)
+            document = _document(records.name(file, record.number), record.content, tokenizer, ends)
             out.write(_words(document).tobytes())
-            table.extend((total, len(document), isinstance(record.content, str), record.number))
+            table.extend((total, len(document), bool(document.prefix), record.number))
             total += len(document)
             largest = max(largest, int(document.tokens.max()))
             bar.update(int(size * record.read) - bar.n)
@@ -274,59 +309,93 @@ def _words(document: Document) -> np.ndarray:
     return document.tokens.astype("<u4") | np.where(document.response, _RESPONSE, np.uint32(0))
 
 
-def _document(where: str, content: str | list[Any], tokenizer: Tokenizer) -> Document:
-    if isinstance(content, str):
-        tokens = np.asarray(_encode(where, content, tokenizer), np.int32)
-        document = Document(where, tokens, np.ones(tokens.shape, bool))
+def _document(where: str, content: formats.Content, tokenizer: Tokenizer, ends: Edges) -> Document:
+    if isinstance(content, formats.Chat) and content.plain and not getattr(tokenizer, "chat_template", None):
+        *asked, answer = (turn["content"] for turn in content.messages)
+        content = formats.Completion("".join(f"{said}\n" for said in asked), answer)
+    if isinstance(content, formats.Chat):
+        document = chat_document(where, content.messages, tokenizer, content.tools)
     else:
-        document = chat_document(where, content, tokenizer)
+        document = _plain_document(where, content, tokenizer, ends)
     if not len(document):
         raise ValueError(f"{where} is empty: the tokenizer makes no token of it; remove it")
     return document
 
 
-def _encode(where: str, text: str, tokenizer: Tokenizer) -> list[int]:
+def _plain_document(where: str, content: str | formats.Completion, tokenizer: Tokenizer, ends: Edges) -> Document:
+    """A text whose edges are the tokenizer's, each once where the text has them itself; all of a text is a response."""
+    prompt, text = ("", content) if isinstance(content, str) else content
+    cuts = [0, len(prompt), len(prompt + text)] if prompt else [0, len(text)]
+    *before, said = _pieces(where, prompt + text, cuts, tokenizer)
+    asked = [token for ids in before for token in ids]
+    ids, response = asked + said, [False] * len(asked) + [True] * len(said)
+    first = len(ends.prefix) if tuple(ids[: len(ends.prefix)]) == ends.prefix else 0
+    if ends.end is not None and ids and ids[-1] != ends.end:
+        ids, response = [*ids, ends.end], [*response, True]
+    return Document(where, np.asarray(ids[first:], np.int32), np.asarray(response[first:], bool), ends.prefix)
+
+
+def chat_document(
+    name: str, messages: list[dict[str, Any]], tokenizer: Tokenizer, tools: list[Any] | None = None
+) -> Document:
+    """A conversation in the tokenizer's chat template, with `response` on what the assistant says and ends with.
+
+    The text is what the template makes of the whole; tokens never cross the edges of an answer, as in generation.
+
+    Raises:
+      ValueError: no conversation, none that the template takes (see `chats`), or none to learn from.
+    """
+    turns = [formats.turn(name, message) for message in messages]
+    if not any(turn["role"] == "assistant" and turn.get("train", True) for turn in turns):
+        raise ValueError(f"{name} has no message of the assistant to learn from")
+    pieces = _chat_pieces(name, formats.Chat(turns, tools), tokenizer)
+    tokens = np.asarray([token for ids, _ in pieces for token in ids], np.int32)
+    return Document(name, tokens, np.asarray([learned for ids, learned in pieces for _ in ids], bool))
+
+
+def prompt_tokens(name: str, chat: formats.Chat, tokenizer: Tokenizer) -> list[int]:
+    """The tokens of a conversation up to the answer that it waits for, as training on that answer sees them."""
+    answered = [*chat.messages, {"role": "assistant", "content": "a"}]
+    pieces = _chat_pieces(name, chat._replace(messages=answered), tokenizer)
+    last = max(number for number, (_, learned) in enumerate(pieces) if learned)
+    return [token for ids, _ in pieces[:last] for token in ids]
+
+
+def _chat_pieces(name: str, chat: formats.Chat, tokenizer: Tokenizer) -> list[tuple[list[int], bool]]:
+    """The tokens of a conversation, cut at the edges of its answers, each piece with whether it is to be learned."""
+    text, answers = chats.render(name, chat, tokenizer)
+    cuts = [0, *(edge for answer in answers for edge in (answer.start, answer.stop)), len(text)]
+    learned = [flag for answer in answers for flag in (False, answer.learned)] + [False]
+    return list(zip(_pieces(name, text, cuts, tokenizer), learned, strict=True))
+
+
+def _pieces(where: str, text: str, cuts: Sequence[int], tokenizer: Any) -> list[list[int]]:
+    """Token ids of a text between cuts (first 0, last its length): those of the whole, unless one crosses a cut.
+
+    Special tokens may swallow white space across a cut, and are of the piece that they start in.
+    """
     try:
         text.encode()  # tokenizers do not say what is wrong with half a surrogate pair, which JSON may hold
     except UnicodeEncodeError as error:
         raise ValueError(f"{where} has half a surrogate pair, which is no text: {error}") from None
-    return tokenizer.encode(text, add_special_tokens=False)
-
-
-def chat_document(name: str, messages: list[dict[str, str]], tokenizer: Tokenizer) -> Document:
-    """A conversation in the tokenizer's chat template, with `response` on what the assistant says and ends with.
-
-    Each turn is what it adds to the rendering of the turns before, so the text is that of the template; tokens never
-    cross from a prompt into a response, as in generation.
-    """
-    for message in messages:
-        if not isinstance(message, dict) or not all(isinstance(message.get(k), str) for k in ("role", "content")):
-            raise ValueError(f'{name}: a message needs a "role" and a "content", both text; got {message!r}')
-    if not any(message["role"] == "assistant" for message in messages):
-        raise ValueError(f"{name} has no message of the assistant to learn from")
-    done, parts = "", []  # text so far, and (token ids, is a response)
-    for turn, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
-        for upto, prompt in ((turn, True), (turn + 1, False)):
-            text = _render(name, messages[:upto], prompt, tokenizer)
-            if not text.startswith(done):
-                raise ValueError(
-                    f"{name}: the chat template renders earlier turns differently once turn {turn + 1} is added; "
-                    "split the conversation so that each record ends at one response"
-                )
-            parts.append((_encode(name, text[len(done) :], tokenizer), not prompt))
-            done = text
-    tokens = np.asarray([token for ids, _ in parts for token in ids], np.int32)
-    response = np.asarray([flag for ids, flag in parts for _ in ids], bool)
-    return Document(name, tokens, response)
-
-
-def _render(name: str, messages: list[dict[str, str]], prompt: bool, tokenizer: Tokenizer) -> str:
-    try:
-        return tokenizer.apply_chat_template(messages, add_generation_prompt=prompt, tokenize=False)
-    except (jinja2.TemplateError, ValueError, TypeError) as error:
-        raise ValueError(f"{name}: the tokenizer's chat template does not take this conversation: {error}") from None
+    if len(cuts) == 2:
+        return [tokenizer.encode(text, add_special_tokens=False)]
+    if not getattr(tokenizer, "is_fast", False):
+        return [tokenizer.encode(text[a:b], add_special_tokens=False) for a, b in itertools.pairwise(cuts)]
+    whole = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    starts, stops = np.asarray(whole["offset_mapping"], np.int64).reshape(-1, 2).T
+    starts = np.minimum(starts, [0, *np.maximum.accumulate(stops)[:-1]])  # some leave out the space before a word
+    plain = ~np.isin(whole["input_ids"], tokenizer.all_special_ids)
+    crossed = [at for at, cut in enumerate(cuts) if np.any(plain & (starts < cut) & (cut < stops))]
+    if crossed:
+        parts = [cuts[a : b + 1] for a, b in itertools.pairwise([0, *crossed, len(cuts) - 1])]
+        return [
+            ids
+            for part in parts
+            for ids in _pieces(where, text[part[0] : part[-1]], [cut - part[0] for cut in part], tokenizer)
+        ]
+    edges = np.searchsorted(np.maximum.accumulate(starts), cuts[1:-1])
+    return [ids.tolist() for ids in np.split(np.asarray(whole["input_ids"], np.int64), edges)]
 
 
 def check_tokenizer(vocab_size: int, largest: int) -> None:

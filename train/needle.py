@@ -26,7 +26,7 @@ import tyro
 
 from allmem_jax import config as config_lib
 from allmem_jax import convert, functional, model, prompts
-from train import books, fetch, finetune
+from train import books, errors, fetch, finetune
 from train.recipe import FinetuneConfig
 
 Mixer = Literal["memory", "write_off", "swa", "full"]
@@ -224,14 +224,15 @@ def _print(results: dict[str, dict[str, float]], words: int) -> None:
         print(f"{name:<10} {row['accuracy']:>9.3f} {row['among_words']:>12.3f} {row['nats']:>7.3f}")
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """The command."""
     commands: Any = Annotated[Score, tyro.conf.subcommand("score")] | Annotated[Train, tyro.conf.subcommand("train")]
-    chosen = tyro.cli(commands, prog="python -m train.needle", description=__doc__)
-    if isinstance(chosen, Score):
-        score(chosen)
-    else:
-        train(chosen)
+    with errors.one_line(fetch.FetchError):
+        chosen = tyro.cli(commands, prog="python -m train.needle", description=__doc__, args=arguments)
+        if isinstance(chosen, Score):
+            score(chosen)
+        else:
+            train(chosen)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from pathlib import Path
 import jax
 
 from allmem_jax import model, sharding
-from train import distributed, finetune
+from train import checkpoint, distributed, errors, finetune
 from train import prompts as prompts_lib
 from train import rollout as rollout_lib
 from train.recipe import FinetuneConfig
@@ -64,7 +64,8 @@ def run(
     asked = prompts_lib.read(prompts, start.tokenizer, settings.max_prompt)
     if not 1 <= rounds <= len(asked):
         raise ValueError(f"rounds={rounds} must be from 1 to the number of prompts, {len(asked)}")
-    out, current = Path(config.out), start
+    origin = checkpoint.content_hash(start.backbone)  # once, as no round changes it
+    out, current = Path(config.out), start._replace(origin=origin)
     for number in range(1, rounds + 1):
         folder = out / f"round-{number}"
         texts = _answers(settings, current, asked[number - 1 :: rounds], folder, config.seed + number)
@@ -83,7 +84,9 @@ def _answers(
 ) -> tuple[str, ...]:
     """The files of the round's answers, those of all processes, written as far as they are not there."""
     params = model.merge_params(current.backbone, current.memory)
-    student = rollout_lib.Student(current.config, params, current.tokenizer, rollout_lib.stop_tokens(current.tokenizer))
+    stops = rollout_lib.stop_tokens(current.tokenizer, current.config)
+    origin = f"{current.origin} {checkpoint.content_hash(current.memory)}"
+    student = rollout_lib.Student(current.config, params, current.tokenizer, stops, origin)
     share, path = (jax.process_index(), jax.process_count()), folder / "answers.jsonl"
     rollout_lib.run(settings, student, prompts, path, seed=seed, share=share)
     distributed.wait_for_all(f"{path} is written")
@@ -92,14 +95,12 @@ def _answers(
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command: a recipe, then any field to set otherwise."""
-    try:
+    with errors.one_line():
         command = finetune.parse(Command, "train.on_policy", __doc__ or "", arguments)
         if not command.prompts:
             raise ValueError("prompts is not set: give --prompts FILE")
         distributed.join(command)
         print(run(FinetuneConfig(**finetune.recipe_fields(command)), command.prompts, command.rounds, command.rollout))
-    except (ValueError, FloatingPointError, OSError) as error:
-        raise SystemExit(f"error: {error}") from None
 
 
 if __name__ == "__main__":

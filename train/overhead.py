@@ -18,7 +18,7 @@ import jax
 import tyro
 
 from allmem_jax import sharding
-from train import data, finetune, metrics, programs
+from train import data, errors, finetune, metrics, programs
 from train.recipe import FinetuneConfig
 
 COMPILING = 20  # steps of the loop that are not counted
@@ -86,7 +86,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     recipe = arguments.pop(0) if arguments and not arguments[0].startswith("-") else "configs/smoke.py"
     options: Any = tyro.cli(_Options, prog="python -m train.overhead [RECIPE]", description=__doc__, args=arguments)
-    found = measure(finetune.read_recipe(recipe), options.steps)
+    with errors.one_line():
+        found = measure(finetune.read_recipe(recipe), options.steps)
     print(json.dumps({name: round(value, 3) for name, value in found.items()}, indent=2))
 
 

@@ -6,7 +6,6 @@ Memory comes from the compiler of those devices (what does not fit is its own er
 `train.flops`, and the speed from the share of the peak that one expects to reach.
 """
 
-import json
 import math
 import warnings
 from collections.abc import Mapping
@@ -18,7 +17,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from allmem_jax import config as config_lib
-from allmem_jax import families, sharding
+from allmem_jax import convert, sharding
 from pallas_kernels import topology
 from train import flops, programs, steps, tiny
 from train.recipe import FinetuneConfig
@@ -70,14 +69,12 @@ def make(config: FinetuneConfig, name: str, mfu: float) -> str:
 
 
 def planned_config(config: FinetuneConfig) -> config_lib.ModelConfig:
-    """The student's config from a preset's name or a model's folder, whose weights are not read."""
+    """The student's config from a preset's name, or from a model whose weights are not read."""
     if config.model == "tiny":
-        found = tiny.CONFIG
-    elif (Path(config.model) / "config.json").is_file():
-        found = families.config_from_hf(json.loads((Path(config.model) / "config.json").read_text()))
-    else:
-        found = config_lib.preset(config.model)
-    return found.replace(**config.model_overrides())
+        return config.student(tiny.CONFIG, remembers=False)
+    found = convert.read_config(config.model)
+    remembers = Path(config.model).expanduser().exists() and found.mixer in config_lib.MEMORY_MIXERS
+    return config.student(found, remembers)
 
 
 def compile_step(config: FinetuneConfig, model_config: config_lib.ModelConfig, mesh: Mesh) -> Plan:

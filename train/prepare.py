@@ -13,13 +13,15 @@ from typing import Any
 
 import tqdm
 
-from train import documents, records
+from train import documents, errors, records
 
-_worker: dict[str, Any] = {}  # of a process: the tokenizer, which is sent once
+_worker: dict[str, Any] = {}  # of a process: the tokenizer and its edges, which are sent once
 
 
-def prepare(paths: Sequence[str], tokenizer: documents.Tokenizer, cache: Path, processes: int) -> int:
-    """Tokenises the files that the cache lacks.
+def prepare(
+    paths: Sequence[str], tokenizer: documents.Tokenizer, cache: Path, processes: int, *, end_of_text: bool = True
+) -> int:
+    """Tokenises the files that the cache lacks; `end_of_text` as in `documents.load_documents`.
 
     Returns:
       How many there were.
@@ -27,7 +29,8 @@ def prepare(paths: Sequence[str], tokenizer: documents.Tokenizer, cache: Path, p
     Raises:
       ValueError: a file or a record that cannot be used; files that are done stay done.
     """
-    named = documents.digests(records.find(paths), tokenizer)
+    files, ends = records.find(paths), documents.edges(tokenizer, end_of_text)
+    named = documents.digests(files, tokenizer, ends)
     missing = {digest: file for file, digest in named if documents.open_shard(file, digest, cache) is None}
     if not missing:
         return 0
@@ -35,7 +38,7 @@ def prepare(paths: Sequence[str], tokenizer: documents.Tokenizer, cache: Path, p
     total = sum(file.stat().st_size for file in missing.values())
     with (
         futures.ProcessPoolExecutor(
-            min(processes, len(missing)), multiprocessing.get_context("spawn"), _start, (tokenizer,)
+            min(processes, len(missing)), multiprocessing.get_context("spawn"), _start, (tokenizer, ends)
         ) as pool,
         tqdm.tqdm(total=total, unit="B", unit_scale=True, desc="tokens", disable=None) as bar,
     ):
@@ -50,18 +53,18 @@ def prepare(paths: Sequence[str], tokenizer: documents.Tokenizer, cache: Path, p
     return len(missing)
 
 
-def _start(tokenizer: documents.Tokenizer) -> None:
-    _worker["tokenizer"] = tokenizer
+def _start(tokenizer: documents.Tokenizer, ends: documents.Edges) -> None:
+    _worker.update(tokenizer=tokenizer, ends=ends)
 
 
 def _tokenise(file: Path, digest: str, cache: Path) -> None:
-    documents.tokenise(file, digest, _worker["tokenizer"], cache, quiet=True)
+    documents.tokenise(file, digest, _worker["tokenizer"], _worker["ends"], cache, quiet=True)
 
 
 def texts(recipe: Any) -> list[str]:
-    """All texts that a recipe names: `texts`, those of its `mixture`, and `eval_texts`."""
-    parts = [text for part in recipe.mixture for text in part.texts]
-    return [*recipe.texts, *parts, *recipe.eval_texts]
+    """All texts that a run of a recipe reads: `texts` or those of its `mixture`, and `eval_texts`."""
+    trained = [text for part in recipe.mixture for text in part.texts] if recipe.mixed else recipe.texts
+    return [*trained, *recipe.eval_texts]
 
 
 def load_tokenizer(recipe: Any) -> Any:
@@ -81,16 +84,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     from train import finetune  # here, as every process imports this module and none needs jax
     from train.recipe import FinetuneConfig
 
-    try:
+    with errors.one_line():
         recipe = finetune.parse(FinetuneConfig, "train.prepare", __doc__ or "", arguments)
         if not recipe.model or not (paths := texts(recipe)):
             raise ValueError("the recipe names no model, or no texts: give both --model and --texts")
         tokenizer, cache = load_tokenizer(recipe), Path(recipe.cache)
-        made = prepare(paths, tokenizer, cache, os.cpu_count() or 1)
-        found = documents.load_documents(paths, tokenizer, cache)
+        made = prepare(paths, tokenizer, cache, os.cpu_count() or 1, end_of_text=recipe.end_of_text)
+        found = documents.load_documents(paths, tokenizer, cache, end_of_text=recipe.end_of_text)
         print(f"{len(found)} documents, {found.lengths.sum()} tokens in {cache}; {made} files tokenised now")
-    except ValueError as error:
-        raise SystemExit(f"error: {error}") from None
 
 
 if __name__ == "__main__":

@@ -30,6 +30,7 @@ import tyro
 
 from allmem_jax import config as config_lib
 from allmem_jax import cost, functional, model
+from train import errors
 
 Variant = Literal["allmem", "write_off", "mamba2", "delta", "swa", "full"]
 
@@ -311,4 +312,5 @@ def parse(args: list[str] | None = None) -> RecallConfig:
 
 
 if __name__ == "__main__":
-    main(parse())
+    with errors.one_line():
+        main(parse())

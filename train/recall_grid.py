@@ -18,7 +18,7 @@ import tqdm
 import tyro
 
 from allmem_jax import files, sections
-from train import recall
+from train import errors, recall, stages
 
 Row = dict[str, Any]
 
@@ -200,7 +200,7 @@ def finding(title: str, entrants: dict[str, list[Row]]) -> str:
     return f"{title}: the most (of up to {max(counts)}) that 0.9 or more are right of {gap} tokens later: {listed}."
 
 
-def section(results: dict[str, dict[str, list[Row]]]) -> sections.Section:
+def section(settings: GridConfig, results: dict[str, dict[str, list[Row]]]) -> sections.Section:
     """The part of a report."""
     seeds = len(next(iter(next(iter(results.values())).values())))
     method = (
@@ -215,7 +215,7 @@ def section(results: dict[str, dict[str, list[Row]]]) -> sections.Section:
     return sections.Section(
         name="recall_from_scratch",
         title="Recall from scratch",
-        command="python -m train.recall_grid",
+        command=stages.command("train.recall_grid", settings),
         text=(" ".join(finding(*each) for each in titled), method),
         tables=tuple(table(*each) for each in titled),
         plots=tuple(plot for each in titled for plot in plots(*each)),
@@ -225,7 +225,7 @@ def section(results: dict[str, dict[str, list[Row]]]) -> sections.Section:
 
 def main(settings: GridConfig) -> sections.Section:
     """Trains, prints and writes."""
-    made = section(run(settings))
+    made = section(settings, run(settings))
     sections.save(settings.out / "section.json", made)
     for each in made.tables:
         print(each.caption)
@@ -237,4 +237,5 @@ def main(settings: GridConfig) -> sections.Section:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(GridConfig, description=__doc__))
+    with errors.one_line():
+        main(tyro.cli(GridConfig, prog="python -m train.recall_grid", description=__doc__))

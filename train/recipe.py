@@ -7,7 +7,11 @@ from typing import Any, Literal
 
 import numpy as np
 
+from allmem_jax import config as config_lib
 from train import data
+
+# Fields of `ModelConfig` that a recipe leaves to the model where they are None.
+MEMORY = ("mixer", "write", "n_mem", "d_mem", "qk_scale", "alpha_init", "lr_init", "momentum_init")
 
 # A continuation may differ in these and still give the same losses (to rounding, on another mesh).
 _FREE = (
@@ -30,14 +34,16 @@ class FinetuneConfig:
     tokenizer: str = ""
     """A folder or .gguf file with the tokenizer, where `model` is a preset."""
     texts: tuple[str, ...] = ()
-    """.txt, .jsonl, .parquet and .arrayrecord files, or folders of them, to train on."""
+    """.txt, .jsonl, .json, .parquet and .arrayrecord files, or folders of them, to train on."""
     mixture: tuple[data.Part, ...] = ()
     """Where texts are not given: sets of them with weights, each with its own length of pieces and mask."""
     out: str = ""
     """Folder for checkpoints, metrics.jsonl and the result. The same command resumes what is there."""
-    mixer: Literal["allmem", "mamba2", "delta"] = "allmem"
-    """Which memory: AllMem's, or a baseline in its place, as large in parameters, that writes every token."""
-    write: bool = True
+    mixer: Literal["allmem", "mamba2", "delta"] | None = None
+    """Which memory: AllMem's, or a baseline in its place, as large in parameters, that writes every token. None, here
+    and in what follows on the memory, is as the model has it, or the default of `ModelConfig` for a new memory. What
+    differs from a memory that the model has already is an error, but for `write`."""
+    write: bool | None = None
     """False holds the memory's learning rate (a baseline's step or beta) at zero: the control that tells memory from
     mere adaptation."""
     seed: int = 0
@@ -54,7 +60,10 @@ class FinetuneConfig:
     pack: bool = False
     """Put several documents in a row, each starting on the grid of the largest chunk; for chats and short texts."""
     response_only: bool = False
-    """In chats, take the loss on the assistant's tokens only."""
+    """In chats, and in records of a prompt and its completion, take the loss on the answers only."""
+    end_of_text: bool = True
+    """Let plain texts end with the tokenizer's end-of-text token, so that a model learns to end; chats end as their
+    template ends."""
 
     window: tuple[int, int] = (512, 8192)
     """Smallest and largest window, in tokens; drawn anew each step."""
@@ -84,7 +93,8 @@ class FinetuneConfig:
     betas: tuple[float, float] = (0.9, 0.95)
     """Of AdamW."""
     weight_decay: float = 0.0
-    """On the memory's projections only."""
+    """On the kernels of the projections (NAME_proj) that are trained: the memory's, and in pretraining all of them. Not
+    on embeddings, head, norms, biases, convolutions, alpha or the start of the fast weights."""
     clip: float = 1.0
     """Largest global norm of the gradient."""
     ema: float = 0.0
@@ -93,16 +103,16 @@ class FinetuneConfig:
     """Stop after so many non-finite steps in a row; single ones are skipped and counted."""
 
     n_mem: int | None = None
-    """Heads of the memory; None is the model's own default."""
-    d_mem: int = 64
+    """Heads of the memory."""
+    d_mem: int | None = None
     """Their dimension."""
-    qk_scale: Literal["l2", "rms"] = "l2"
+    qk_scale: Literal["l2", "rms"] | None = None
     """Norm of the memory's queries and keys: 1 (the paper) or sqrt(d_mem)."""
-    alpha_init: float = 0.0
+    alpha_init: float | None = None
     """Start of the memory's output scale; 0 starts from plain windowed attention."""
-    lr_init: float = 0.005
+    lr_init: float | None = None
     """Start of the memory's own learning rate for an average token."""
-    momentum_init: float = 0.5
+    momentum_init: float | None = None
     """Start of its momentum."""
 
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -142,7 +152,12 @@ class FinetuneConfig:
     @property
     def packed(self) -> bool:
         """Whether a row holds several documents."""
-        return self.pack or bool(self.mixture and not self.texts)
+        return self.pack or self.mixed
+
+    @property
+    def mixed(self) -> bool:
+        """Whether the mixture is what is trained on."""
+        return bool(self.mixture and not self.texts)
 
     def check(self) -> None:
         """Raises a ValueError that names the first field that cannot work; warns of a blind gap."""
@@ -179,7 +194,7 @@ class FinetuneConfig:
                 f"beyond_window leaves no position: window and sinks reach {self.window[1] + self.sinks[1]} and "
                 f"seq_length={self.seq_length}. Lower them or lengthen the rows"
             )
-        if self.mixer == "allmem" and self.window[0] < max(self.chunk):
+        if self.mixer in (None, "allmem") and self.window[0] < max(self.chunk):
             gap = max(self.chunk) - self.window[0]
             warnings.warn(
                 f"windows may be shorter than chunks: then up to {gap} tokens are seen by neither", stacklevel=2
@@ -201,12 +216,27 @@ class FinetuneConfig:
         window, sinks = (rng.integers(*limits, endpoint=True, dtype=np.int32) for limits in (self.window, self.sinks))
         return chunk, window, sinks
 
-    def model_overrides(self) -> dict[str, Any]:
-        """Fields of `ModelConfig`. The exported model has the largest window, sinks and chunk of the ranges."""
-        names = ("mixer", "d_mem", "qk_scale", "alpha_init", "lr_init", "momentum_init", "write", "dtype", "remat")
-        fields = {name: getattr(self, name) for name in names}
-        fields |= {"window": self.window[1], "sinks": self.sinks[1], "chunk": max(self.chunk)}
-        return fields if self.n_mem is None else fields | {"n_mem": self.n_mem}
+    def student(self, found: config_lib.ModelConfig, remembers: bool) -> config_lib.ModelConfig:
+        """The config that is trained; exported, it has the largest window, sinks and chunk of the ranges.
+
+        Args:
+          found: of the model as it is.
+          remembers: whether it has a memory.
+
+        Raises:
+          ValueError: the recipe describes another memory than the model has; all such fields are named.
+        """
+        found = found.replace(mixer=found.memory_mixer, n_mem=found.memory_heads)
+        given = {name: getattr(self, name) for name in MEMORY if getattr(self, name) is not None}
+        other = [name for name in given if name != "write" and given[name] != getattr(found, name)]
+        if remembers and other:
+            differing = ", ".join(f"{name}={given[name]!r} (it has {getattr(found, name)!r})" for name in other)
+            raise ValueError(
+                f"model={self.model!r} has a memory already, which the recipe describes otherwise: {differing}. Set "
+                f"{' and '.join(other)} to None to train it as it is, or give a model without a memory"
+            )
+        largest = {"window": self.window[1], "sinks": self.sinks[1], "chunk": max(self.chunk)}
+        return found.replace(**given, **largest, dtype=self.dtype, remat=self.remat)
 
     def identity(self) -> dict[str, Any]:
         """The fields that a continuation must share, as JSON values."""

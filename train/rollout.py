@@ -31,7 +31,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from allmem_jax import config as config_lib
 from allmem_jax import convert, families, files, generation, model, sharding, text
 from allmem_jax import state as state_lib
-from train import checkpoint, distributed, finetune, tiny
+from train import checkpoint, distributed, errors, finetune, tiny
 from train import prompts as prompts_lib
 
 
@@ -103,12 +103,14 @@ class Student(NamedTuple):
       params: all parameters.
       tokenizer: of the model, with a chat template.
       stops: tokens that end an answer.
+      origin: what tells the parameters from others; "" takes their `checkpoint.content_hash`.
     """
 
     config: config_lib.ModelConfig
     params: model.Params
     tokenizer: Any
     stops: Sequence[int]
+    origin: str = ""
 
 
 def load(command: Command) -> Student:
@@ -119,9 +121,9 @@ def load(command: Command) -> Student:
         config, params, tokenizer = tiny.CONFIG.replace(mixer="full"), tiny.backbone(), tiny.ByteTokenizer()
     else:
         config, params, tokenizer = convert.load_pretrained(command.model, dtype=command.dtype)
-        config = config.replace(mixer=config.memory_mixer if "memory" in params["layers"] else "full")
     if tokenizer is None:
         raise ValueError(f"{command.model} has no tokenizer, which the prompts need; add its tokenizer.json")
+    stops = stop_tokens(tokenizer, config)
     if command.memory:
         file = Path(command.memory) / convert.ALLMEM_CONFIG
         if not file.is_file():
@@ -138,12 +140,12 @@ def load(command: Command) -> Student:
                          "--memory, or a converted model")  # fmt: skip
     if config.mixer == "full":
         config = generation.full_as_windowed(config, command.max_prompt + command.max_tokens)
-    return Student(config.replace(**own), params, tokenizer, stop_tokens(tokenizer))
+    return Student(config.replace(**own), params, tokenizer, stops)
 
 
-def stop_tokens(tokenizer: Any) -> list[int]:
+def stop_tokens(tokenizer: Any, config: config_lib.ModelConfig) -> list[int]:
     """What ends an answer; of bytes, the end of a line."""
-    return list(b"\n") if isinstance(tokenizer, tiny.ByteTokenizer) else text.stop_tokens(tokenizer)
+    return list(b"\n") if isinstance(tokenizer, tiny.ByteTokenizer) else text.stop_tokens(tokenizer, config)
 
 
 def run(
@@ -260,6 +262,7 @@ def _answer(
             "finished": row not in going,
             "tokens": len(answer),
         }
+        | ({"tools": prompt.tools} if prompt.tools else {})
         for row, (prompt, answer) in enumerate(zip(prompts, answers, strict=True))
     ]
 
@@ -270,8 +273,9 @@ def _identity(
     """What the answers depend on, as JSON values."""
     asked = json.dumps([[prompt.id, prompt.tokens] for prompt in prompts])
     return {
-        **dataclasses.asdict(settings), "seed": seed, "processes": share[1],
-        "config": json.loads(student.config.to_json()), "params": checkpoint.content_hash(student.params),
+        **dataclasses.asdict(settings), "seed": seed, "processes": share[1], "stops": list(student.stops),
+        "config": json.loads(student.config.to_json()),
+        "params": student.origin or checkpoint.content_hash(student.params),
         "prompts": hashlib.sha256(asked.encode()).hexdigest(),
     }  # fmt: skip
 
@@ -316,7 +320,7 @@ def _complete_batches(path: Path, sizes: Sequence[int]) -> int:
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command."""
     command = tyro.cli(Command, prog="python -m train.rollout", args=arguments)
-    try:
+    with errors.one_line():
         for name in ("model", "prompts", "out"):
             if not getattr(command, name):
                 raise ValueError(f"{name} is not set: give --{name}")
@@ -329,8 +333,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         settings = Settings(**{field.name: getattr(command, field.name) for field in dataclasses.fields(Settings)})
         share = jax.process_index(), jax.process_count()
         print(run(settings, student, prompts, Path(command.out), seed=command.seed, share=share))
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"error: {error}") from None
 
 
 if __name__ == "__main__":

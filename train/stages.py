@@ -1,16 +1,28 @@
-"""Long commands as stages, each of whose results is kept and found again."""
+"""Long commands as stages: the result of each is kept under what it depends on, and found again by that alone."""
 
+import dataclasses
+import hashlib
 import json
 import pathlib
+import shlex
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from allmem_jax import files
 
 
-def stage(path: pathlib.Path, what: str, work: Callable[[], Any]) -> Any:
-    """The JSON value of `work`, or what an earlier run left of it at `path`."""
+def stage(folder: pathlib.Path, name: str, depends: Any, what: str, work: Callable[[], Any]) -> Any:
+    """The JSON value of `work`, or what an earlier run left of it.
+
+    Args:
+      folder: of the results.
+      name: of the stage.
+      depends: all that the value depends on beside what `folder` stands for, and nothing else: JSON values.
+      what: is being done, for people.
+      work: makes the value.
+    """
+    path = folder / f"{name}-{key(depends)}.json"
     if path.exists():
         say(f"{what}: reused from {path}")
         return json.loads(path.read_text())
@@ -20,6 +32,25 @@ def stage(path: pathlib.Path, what: str, work: Callable[[], Any]) -> Any:
     files.write(path, json.dumps(value))
     say(f"  took {time.monotonic() - began:.0f} s")
     return value
+
+
+def key(depends: Any) -> str:
+    """A short name for JSON values."""
+    return hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()[:10]
+
+
+def command(program: str, settings: Any, positional: Sequence[str] = ()) -> str:
+    """The command line that gives `settings` (a dataclass) again: its fields that are not at their defaults.
+
+    `positional` are the fields that are given without their names; they come first.
+    """
+    words = ["python", "-m", program]
+    for field in sorted(dataclasses.fields(settings), key=lambda field: field.name not in positional):
+        value = getattr(settings, field.name)
+        if value != field.default:
+            words += [] if field.name in positional else [f"--{field.name}"]
+            words += map(str, value if isinstance(value, tuple) else [value])
+    return shlex.join(words)
 
 
 def say(message: str) -> None:

@@ -98,15 +98,14 @@ def wsd_schedule(peak: float, steps: int, warmup: int, decay: float) -> Callable
 def make_optimizer(
     schedule: Callable[[jax.Array], jax.Array], betas: tuple[float, float], weight_decay: float, clip: float
 ) -> optax.GradientTransformation:
-    """AdamW behind a clip of the gradient's global norm; weight decay on kernels of projections only."""
-
-    def decayed(params: model.Params) -> Any:
-        return jax.tree_util.tree_map_with_path(
-            lambda path, _: sharding.path_string(path).endswith("_proj/kernel"), params
-        )
-
+    """AdamW behind a clip of the gradient's global norm; weight decay is on what `decayed` says."""
     adamw = optax.adamw(schedule, *betas, weight_decay=weight_decay, mask=decayed)
     return optax.chain(optax.clip_by_global_norm(clip), adamw)
+
+
+def decayed(params: model.Params) -> Any:
+    """For each parameter whether weight decay is on it: the kernels of projections, NAME_proj."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: sharding.path_string(path).endswith("_proj/kernel"), params)
 
 
 def init_state(trained: model.Params, optimizer: optax.GradientTransformation, average: bool = False) -> TrainState:
@@ -370,11 +369,18 @@ def evaluate(
     config: config_lib.ModelConfig,
     loss: Loss,
 ) -> Metrics:
-    """Means over all positions of a batch that may have a loss, with the config's own window and sinks."""
+    """(sum, count) float32 [2] of each metric over the positions of a batch that may have a loss, none drawn out.
+
+    Window and sinks are the config's own. Added up over batches, they give the mean over all positions.
+    """
     loss = dataclasses.replace(loss, positions=1.0)
     window, sinks = jnp.int32(config.window), jnp.int32(config.sinks)
     drawn = draw_positions(jax.random.key(0), loss, batch, window, sinks)
-    _, (sums, _) = batch_loss(
-        trained, frozen, config, loss, batch, teacher, window, sinks, drawn, count_positions(drawn)
-    )
-    return sums
+    counts = count_positions(drawn)
+    ones = dict.fromkeys(counts, jnp.float32(1))
+    _, (sums, _) = batch_loss(trained, frozen, config, loss, batch, teacher, window, sinks, drawn, ones)
+    del sums["loss"]  # a mean, with weights
+    return {
+        name: jnp.stack([total, counts.get(name.split("_")[-1], counts["all"]).astype(jnp.float32)])
+        for name, total in sums.items()
+    }

@@ -17,6 +17,8 @@ CONFIG = config_lib.ModelConfig(
 class ByteTokenizer:
     """One token for each byte of UTF-8; no special tokens."""
 
+    chat_template = "ROLE: CONTENT, each on its line"
+
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """The bytes."""
         return list(text.encode())
