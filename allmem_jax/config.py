@@ -87,8 +87,8 @@ class ModelConfig:
         memory gives is `default_n_mem`.
       mem_expansion: hidden size of the fast weights over d_mem.
       conv_kernel: taps of the causal depthwise convolutions.
-      read_out: what is read of the memory: "difference" f(W, q) - f(W_init, q), what it has learned and nothing until
-        then; "full" f(W, q) (the paper), in which the initial weights act as an adapter.
+      read_out: what is read of the memory: "full" f(W, q) (the paper), in which the initial weights act as an adapter;
+        "difference" f(W, q) - f(W_init, q), what it has learned, and nothing until then.
       qk_scale: "l2" gives queries and keys of the memory unit norm (the paper), "rms" norm sqrt(d_mem).
       alpha_init: start of the memory's per-channel output scale; 0.0 leaves a converted model unchanged.
       lr_init, momentum_init: start values of the two, for an average token.
@@ -140,7 +140,7 @@ class ModelConfig:
     d_mem: int = 64
     mem_expansion: int = 2
     conv_kernel: int = 4
-    read_out: str = "difference"
+    read_out: str = "full"
     qk_scale: str = "l2"
     alpha_init: float = 0.0
     lr_init: float = 0.005
@@ -275,8 +275,6 @@ class ModelConfig:
             raise ValueError(f"not a model config: {error}") from None
         if isinstance(fields, dict) and fields.get("rope_scaling") is not None:
             fields["rope_scaling"] = _from_fields(RopeScaling, fields["rope_scaling"])
-        if isinstance(fields, dict):
-            fields.setdefault("read_out", "full")  # what configs meant before there was a choice
         return _from_fields(cls, fields)
 
 

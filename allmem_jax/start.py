@@ -1,11 +1,11 @@
 """A start for the memory of a converted model: an induction head made of the layer's own attention.
 
-The memory of a random start must learn at once what to store, under which key, and how to use what it reads. The layer's
-attention knows all three. Its key projection makes the memory's keys and queries, and a key stands one token late, so
-that a read returns what followed tokens like this one; its values are stored, and its output projection takes them back.
-Then, on a little text: the direction that all inputs of a layer share is taken out of keys and queries, or every write
-would land in one place; and each layer's learning rate is set so that what was written moves the read-out by the same
-share, since the same rate is 1e-3 of the weights in one layer and all of them in another.
+A random memory must learn at once what to store, under which key, and how to use what it reads. The layer's attention
+knows all three. Its key projection makes the memory's keys and queries, and a key stands one token late, so that a read
+returns what followed tokens like this one; its values are stored, and its output projection takes them back. Then, on a
+little text: the direction that all inputs of a layer share is taken out of keys and queries, or every write would land
+in one place; and each layer's learning rate is set so that what was written moves the read-out by the same share, since
+one rate may be a thousandth of the weights in one layer and all of them in another.
 
 Axes:
 
@@ -27,6 +27,7 @@ from allmem_jax import functional, model
 
 MOVED = 0.3  # share of the read-out that what was written moves, in every layer
 WARM_UP = 256  # tokens before which little was written
+LENGTH = 1024  # tokens of a text that are enough
 RATES = (1e-4, 1.0)  # between which a layer's learning rate is looked for
 HALVINGS = 8  # of that interval, on a logarithmic scale
 
@@ -34,7 +35,7 @@ HALVINGS = 8  # of that interval, on a logarithmic scale
 def from_attention(
     config: config_lib.ModelConfig,
     params: model.Params,
-    tokens: np.ndarray,
+    tokens: Sequence[int] | np.ndarray,
     seed: int = 0,
     progress: Callable[[int], Any] | None = None,
 ) -> model.Params:
@@ -43,7 +44,7 @@ def from_attention(
     Args:
       config: of the converted model; its mixer is "allmem".
       params: the backbone.
-      tokens: int32 [T] of a text, a few times `WARM_UP`; a part of it calibrates.
+      tokens: ids [T] of a text, at least twice `WARM_UP`; `LENGTH` are enough.
       seed: of the fast weights, and of everything that does not come from the attention.
       progress: called with 1 after each layer.
 
@@ -95,7 +96,8 @@ def induction_head(config: config_lib.ModelConfig, memory: Any, attention: Any, 
     mean /= np.linalg.norm(mean)
     covariance = inputs.T @ inputs / len(inputs)
     heads = [_head(config, attention, queries, mean, covariance) for queries in _shares(config)]
-    keys, values, outputs = (np.concatenate(parts, axis) for parts, axis in zip(zip(*heads), (1, 1, 0), strict=True))
+    keys, values = (np.concatenate([head[part] for head in heads], axis=1) for part in (0, 1))
+    outputs = np.concatenate([head[2] for head in heads])
     here = np.zeros(memory["q_conv"]["kernel"].shape, np.float32)
     before = here.copy()
     here[-1], before[-2 if len(here) > 1 else -1] = 1, 1
