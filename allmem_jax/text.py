@@ -49,9 +49,7 @@ def render(
     except Exception as error:  # a template is a program of the model's author, and may raise anything
         reason = " ".join(f"{type(error).__name__}: {error}".split())
     if any(message["role"] == "system" for message in messages):
-        hint = (
-            ": models without a system role refuse a system message; leave it out, or begin the first question with it"
-        )
+        hint = ": models without a system role refuse one; leave it out (--system), or begin the first question with it"
     else:
         hint = ": correct the model's chat template, or use `allmem generate` without a template"
     raise ValueError(f"the chat template fails on these messages ({reason}){hint}")
