@@ -25,13 +25,28 @@ Variant = Literal["allmem", "mamba2", "delta", "write_off", "swa", "full"]
 Part = Literal["distance", "answers", "cost", "latency"]
 
 
-Model = Annotated[pathlib.Path, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
+def _read(given: list[str]) -> pathlib.Path:
+    """What to read in place of an argument, which may be a URL."""
+    from allmem_jax import stores
+
+    try:
+        return stores.local(given[0])
+    except ValueError as error:
+        raise OSError(str(error)) from None  # of a ValueError tyro would not say the reason
+
+
+_READ: tyro.constructors.PrimitiveConstructorSpec[pathlib.Path] = tyro.constructors.PrimitiveConstructorSpec(
+    nargs=1, metavar="PATH", instance_from_str=_read, is_instance=lambda value: isinstance(value, pathlib.Path),
+    str_from_instance=lambda value: [str(value)],
+)  # fmt: skip
+ReadPath = Annotated[pathlib.Path, _READ]
+Model = Annotated[ReadPath, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
 ModelOrPreset = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
-Data = Annotated[pathlib.Path, tyro.conf.Positional, tyro.conf.arg(metavar="DATA_DIR")]
-Out = Annotated[pathlib.Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
+Data = Annotated[ReadPath, tyro.conf.Positional, tyro.conf.arg(metavar="DATA_DIR")]
+Out = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
 Prompt = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="PROMPT")]
 Models = Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="MODEL ...")]
-Texts = Annotated[tuple[pathlib.Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="TEXT ...")]
+Texts = Annotated[tuple[ReadPath, ...], tyro.conf.Positional, tyro.conf.arg(metavar="TEXT ...")]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,8 +95,8 @@ def convert(
     Example: allmem convert SmolLM2-135M-Instruct.Q4_1.gguf smollm2-allmem --window 128 --sinks 4 --chunk 64
 
     Args:
-        model: Hugging Face folder (safetensors) or .gguf file.
-        out: Folder to write.
+        model: Hugging Face folder (safetensors) or .gguf file; like all that is read, it may be a URL (gs://, s3://).
+        out: Folder to write, or its URL.
         window: Tokens that attention sees, the current one among them.
         sinks: First tokens that attention always sees.
         chunk: Tokens between two updates of the memory; more than the window leaves a blind gap.
@@ -97,9 +112,11 @@ def convert(
         dtype: Of the weights that are written.
         overwrite: Replace what is in the folder.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())) and not overwrite:
+    from allmem_jax import stores
+
+    if stores.taken(out) and not overwrite:
         raise FileExistsError(f"{out} exists: give another folder, or add --overwrite to replace it")
-    _check_folder(out)
+    stores.check_writable(out)
     from allmem_jax import convert as convert_lib
     from allmem_jax import cost
     from allmem_jax import model as model_lib
@@ -285,11 +302,11 @@ def report(
     sequences: int = 2,
     prompt_length: int | None = None,
     samples: int = 8,
-    questions: pathlib.Path | None = None,
-    longbench: pathlib.Path | None = None,
+    questions: ReadPath | None = None,
+    longbench: ReadPath | None = None,
     suite: Suite = "longbench",
     skip: tuple[Part, ...] = (),
-    include: tuple[pathlib.Path, ...] = (),
+    include: tuple[ReadPath, ...] = (),
     dtype: DType = "float32",
 ) -> int:
     """Measure a converted model in every way that this machine can, on one HTML page with plots.
@@ -421,7 +438,7 @@ def recall(
     model: Model,
     texts: Texts = (),
     mixing: Options = Mixing(),
-    questions: pathlib.Path | None = None,
+    questions: ReadPath | None = None,
     tasks: tuple[str, ...] = (),
     lengths: tuple[int, ...] = (),
     samples: int = 32,
@@ -600,6 +617,9 @@ def _check_window(mixing: Mixing, mixers: Sequence[str]) -> None:
 
 def _check_folder(out: pathlib.Path) -> None:
     """Refuses a folder that cannot be written to, before anything is measured for it."""
+    from allmem_jax import stores
+
+    stores.local_only(out, "out")
     exists = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
     if not exists.is_dir() or not os.access(exists, os.W_OK):
         raise OSError(f"{exists} is {'not writable' if exists.is_dir() else 'a file'}: give another folder")

@@ -25,7 +25,7 @@ import safetensors.numpy
 import transformers
 
 from allmem_jax import config as config_lib
-from allmem_jax import ends, families, gguf_reader, model
+from allmem_jax import ends, families, gguf_reader, model, stores
 from allmem_jax import tokenizer as tokenizer_lib
 
 ALLMEM_CONFIG = "allmem_config.json"
@@ -49,7 +49,7 @@ def load_pretrained(
     """Loads a pretrained model, or one that `save_pretrained` wrote.
 
     Args:
-      path: a Hugging Face folder with safetensors weights, or a GGUF file.
+      path: a Hugging Face folder with safetensors weights, or a GGUF file; a URL of either, see `stores`.
       dtype: "float32" or "bfloat16", of the backbone's parameters and of the config's arithmetic. The memory's
         parameters are always float32.
       **overrides: fields of `ModelConfig`, e.g. `window=128`. Without a `mixer` the model comes as it runs: with the
@@ -65,7 +65,7 @@ def load_pretrained(
       ValueError: the files are damaged, or do not make a supported model. Unused, missing, doubly matched and
         wrongly shaped tensors come as one error that lists them all.
     """
-    path = pathlib.Path(path).expanduser()
+    path = stores.local(path).expanduser()
     _np_dtype(dtype)
     overrides["dtype"] = dtype
     if overrides.get("mixer") is None:
@@ -95,7 +95,7 @@ def read_config(path: str | os.PathLike[str]) -> config_lib.ModelConfig:
       FileNotFoundError: no such file or folder, or one without a config.json.
       ValueError: an unknown preset, or a model that is damaged or not supported.
     """
-    name, path = os.fspath(path), pathlib.Path(path).expanduser()
+    name, path = os.fspath(path), stores.local(path, (".json", ALLMEM_WEIGHTS)).expanduser()
     if path.is_dir():
         return _folder_config(path)
     if path.is_file():
@@ -385,10 +385,11 @@ def save_pretrained(
 ) -> None:
     """Writes a folder that `load_pretrained` reads, and whose backbone transformers reads.
 
-    The folder is written beside `path` and renamed when it is complete, so a failure leaves `path` as it was.
+    The folder is written beside `path` and renamed when it is complete, so a failure leaves `path` as it was. What is
+    written to a URL has its config.json last.
 
     Args:
-      path: the folder; it must not exist, or be empty, unless `overwrite`.
+      path: the folder or its URL; it must not exist, or be empty, unless `overwrite`.
       config: the model's config.
       params: its parameters, with or without `layers/memory`. With one, the folder is loaded with its mixer again,
         whatever `config.mixer` runs without it.
@@ -401,6 +402,12 @@ def save_pretrained(
       FileExistsError: `path` is taken.
       ValueError: the parameters do not fit the config, or no Hugging Face class can express it.
     """
+    if stores.is_url(path):
+        if not overwrite and stores.taken(path):
+            raise FileExistsError(f"{path} is not empty; give another, or overwrite=True to replace it")
+        with stores.scratch("model") as folder:
+            save_pretrained(folder, config, params, tokenizer, dtype=dtype, max_shard_size=max_shard_size)
+            return stores.replace(folder, path, last="config.json")
     path = pathlib.Path(path).expanduser().absolute()
     if path.exists() and not path.is_dir():
         raise FileExistsError(f"{path} is a file; give the name of a folder")

@@ -10,6 +10,7 @@ import tqdm
 
 from allmem_jax import config as config_lib
 from allmem_jax import evals, model, report, sections
+from allmem_jax import tokenizer as tokenizer_lib
 
 NAME = "distance"
 TITLE = "Distance from the original"
@@ -78,7 +79,7 @@ def measure(
     tokens = {}
     for name, text in texts.items():
         ids = tokenizer.encode(text, add_special_tokens=False, verbose=False)
-        tokens[name] = evals.cut(ids, length, sequences, tokenizer.encode(""))
+        tokens[name] = evals.cut(ids, length, sequences, tokenizer_lib.prefix_tokens(tokenizer))
     variants = evals.standard_variants(config, None if config.mixer == "swa" else memory)
     total = len(texts) * -(-sequences // batch) * len(variants)
     with tqdm.tqdm(total=total, desc="evaluating", leave=False, disable=not sys.stderr.isatty()) as bar:

@@ -19,7 +19,7 @@ import safetensors.flax
 
 import pallas_kernels
 from allmem_jax import config as config_lib
-from allmem_jax import files
+from allmem_jax import files, stores
 
 
 @flax.struct.dataclass
@@ -103,7 +103,7 @@ def save_state(path: str | os.PathLike[str], config: config_lib.ModelConfig, sta
     """Writes a state as one safetensors file, whole or not at all: read a book once, ask it later.
 
     Args:
-      path: the file.
+      path: the file, or its URL.
       config: of the model that made the state; it goes into the file.
       state: any number of rows.
     """
@@ -118,7 +118,7 @@ def load_state(path: str | os.PathLike[str], config: config_lib.ModelConfig) -> 
       ValueError: the file is damaged, or its model had another config.
     """
     try:
-        with safetensors.safe_open(path, framework="flax") as file:
+        with safetensors.safe_open(stores.local(path), framework="flax") as file:
             saved = config_lib.ModelConfig.from_json((file.metadata() or {}).get("config", ""))
             flat = {name: file.get_tensor(name) for name in file.keys()}
     except (safetensors.SafetensorError, ValueError) as error:

@@ -15,7 +15,7 @@ import tokenizers
 import transformers
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 
-from allmem_jax import gguf_reader
+from allmem_jax import gguf_reader, stores
 
 _FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
 _CONTROL, _USER_DEFINED = 3, 4  # token types of llama.cpp
@@ -51,7 +51,7 @@ def load_tokenizer(path: str | os.PathLike[str]) -> transformers.PreTrainedToken
     Raises:
       ValueError: the tokenizer is damaged or of an unsupported kind.
     """
-    path = pathlib.Path(path).expanduser()
+    path = stores.local(path).expanduser()
     if path.is_file():
         file = gguf_reader.open_gguf(path)
         with _one_line(path):

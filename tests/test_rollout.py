@@ -16,7 +16,7 @@ import pytest
 from array_record.python import array_record_module
 from pyarrow import parquet
 
-from allmem_jax import generation, model, text
+from allmem_jax import generation, model, stores, text
 from train import checkpoint, documents, finetune, on_policy, rollout, tiny
 from train import prompts as prompts_lib
 from train.recipe import FinetuneConfig
@@ -98,6 +98,27 @@ def test_what_a_kill_leaves_is_completed_to_the_same_file(answers, student, prom
         shutil.copy(f"{answers[0]}.settings.json", f"{path}.settings.json")
         rollout.run(SETTINGS, student, prompts, path, seed=3, share=(0, 1))
         assert path.read_bytes() == whole
+
+
+def test_answers_in_a_store_go_on_too(answers, student, folder, store, monkeypatch):
+    stores.write(f"{store}/prompts.jsonl", (folder / "prompts.jsonl").read_bytes())
+    asked = prompts_lib.read(f"{store}/prompts.jsonl", student.tokenizer, 100)
+    out, answer, batches = f"{store}/answers.jsonl", rollout._answer, []
+
+    def stops(*given):
+        assert len(batches) < 2, "stopped"
+        batches.append(answer(*given))
+        return batches[-1]
+
+    monkeypatch.setattr(rollout, "_UPLOAD_SECONDS", -1)
+    with monkeypatch.context() as patch, pytest.raises(AssertionError, match="stopped"):
+        patch.setattr(rollout, "_answer", stops)
+        rollout.run(SETTINGS, student, asked, out, seed=3, share=(0, 1))
+    assert len(stores.read(out).splitlines()) == 8
+    assert rollout.run(SETTINGS, student, asked, out, seed=3, share=(0, 1)) == out
+    assert stores.read(out) == answers[0].read_bytes()
+    with pytest.raises(ValueError, match="was begun with other settings: seed is 3 there and 4 here"):
+        rollout.run(SETTINGS, student, asked, out, seed=4, share=(0, 1))
 
 
 def test_processes_share_the_batches(answers, student, prompts, tmp_path):

@@ -2,6 +2,8 @@
 
 import dataclasses
 import errno
+import functools
+import json
 import os
 import pathlib
 import runpy
@@ -16,7 +18,7 @@ import numpy as np
 import pytest
 
 from allmem_jax import config as config_lib
-from allmem_jax import convert, model, sharding
+from allmem_jax import convert, model, sharding, stores
 from tests import tiny_folder
 from train import checkpoint, finetune, metrics, overhead, plan, programs, steps, tiny
 from train.recipe import FinetuneConfig
@@ -62,7 +64,7 @@ def whole(recipe, pretrained):
 
 
 def outcome(out):
-    lines = metrics.read_metrics(out / "metrics.jsonl")
+    lines = metrics.read_metrics(stores.join(out, "metrics.jsonl"))
     for line in lines:
         line.pop("tokens_per_s")
     return lines, finetune.trained_memory(out)
@@ -155,6 +157,38 @@ def test_killed_goes_on_with_the_same_losses(recipe, pretrained, whole, folder):
     with log.open("a") as file:
         file.write('{"step": 6, "lo')  # what a kill in mid-write leaves
     same(outcome(finetune.run(config, pretrained)), whole)
+
+
+class Killed(BaseException):
+    pass
+
+
+def test_killed_in_the_midst_of_writing_to_a_store_goes_on_too(recipe, pretrained, whole, store, folder, monkeypatch):
+    stores.write(f"{store}/texts/text.txt", (folder / "text.txt").read_bytes())
+    config = dataclasses.replace(recipe, texts=(f"{store}/texts",), out=f"{store}/run")
+    changes, left = {name: getattr(stores, name) for name in ("put", "write", "remove")}, 0
+
+    def change(name, *given):
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise Killed
+        return changes[name](*given)
+
+    for name in changes:
+        monkeypatch.setattr(stores, name, functools.partial(change, name))
+    left = 10  # changes that it makes before, so that one checkpoint is there and half another
+    with pytest.raises(Killed):
+        finetune.run(config, pretrained)
+    left = 1000
+    assert finetune.run(config, pretrained) == config.out
+    same(outcome(config.out), whole)
+    found = stores.names(config.out)
+    assert {name.split("/")[1] for name in found if name.startswith("checkpoints/")} == {"4", "6"}
+    assert {name.split("/")[0] for name in found} >= {"recipe.json", "allmem_config.json", "tensorboard"}
+    assert json.loads(stores.read(f"{config.out}/recipe.json"))["out"] == config.out
+    with pytest.raises(checkpoint.CheckpointMismatch, match=f"{config.out}/checkpoints is of another run: seed"):
+        finetune.run(dataclasses.replace(config, seed=1), pretrained)
 
 
 def test_too_many_bad_steps_stop_with_a_reason(recipe, pretrained, folder):

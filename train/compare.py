@@ -17,7 +17,8 @@ import tqdm
 import tyro
 
 from allmem_jax import config as config_lib
-from allmem_jax import convert, evals, model
+from allmem_jax import convert, evals, model, stores
+from allmem_jax import tokenizer as tokenizer_lib
 from train import errors, fetch
 
 
@@ -80,7 +81,7 @@ def run(config: CompareConfig) -> dict[str, dict[str, tuple[float, float]]]:
     results = {}
     for path in config.texts:
         ids = tokenizer.encode(path.read_text(encoding="utf-8"), add_special_tokens=False, verbose=False)
-        tokens = evals.cut(ids, config.length, config.sequences, tokenizer.encode(""))
+        tokens = evals.cut(ids, config.length, config.sequences, tokenizer_lib.prefix_tokens(tokenizer))
         values = divergence(model_config, backbone, tokens, pairs)
         results[path.name] = {f"{w}/{s}": value for (w, s), value in zip(pairs, values, strict=True)}
     return results
@@ -100,6 +101,7 @@ def main() -> None:
     """The command."""
     with errors.one_line(fetch.FetchError):
         config = tyro.cli(CompareConfig, prog="python -m train.compare")
+        stores.local_only(config.out or "", "out")
         if not config.texts:
             raise ValueError("give at least one text file")
         results = run(config)

@@ -19,7 +19,8 @@ import tqdm
 import tyro
 
 from allmem_jax import config as config_lib
-from allmem_jax import convert, cost, evals, evaluation_report, model, report, sections, text
+from allmem_jax import convert, cost, evals, evaluation_report, model, report, sections, stores, text
+from allmem_jax import tokenizer as tokenizer_lib
 from train import books, errors, fetch, finetune, metrics, stages
 from train.recipe import MEMORY, FinetuneConfig
 
@@ -51,6 +52,7 @@ class DemoConfig:
 def run(demo: DemoConfig) -> pathlib.Path:
     """The chain. Returns the path of the report's page."""
     began = time.monotonic()
+    stores.local_only(demo.out, "out")
     recipe = finetune.read_recipe(demo.recipe)
     recipe = dataclasses.replace(
         recipe, model=str(fetch.fetch("smollm2")), texts=(str(write_texts(demo.out / "texts")),)
@@ -144,7 +146,7 @@ def trained(loaded: finetune.Pretrained, memory: FinetuneConfig, control: Finetu
 
 def evaluate(demo: DemoConfig, loaded: finetune.Pretrained, variants: list[evals.Variant]) -> dict[str, Any]:
     """`evals.evaluate` on the held-out books."""
-    prefix = loaded.tokenizer.encode("")
+    prefix = tokenizer_lib.prefix_tokens(loaded.tokenizer)
     tokens = {}
     for book in books.heldout_books():
         ids = loaded.tokenizer.encode(book.text, add_special_tokens=False, verbose=False)
@@ -157,8 +159,8 @@ def evaluate(demo: DemoConfig, loaded: finetune.Pretrained, variants: list[evals
 def distil(recipe: FinetuneConfig, load: Callable[[], finetune.Pretrained]) -> dict[str, Any]:
     """One training run, resumed where it was stopped; returns its last line of metrics."""
     loaded = load()
-    out = finetune.run(recipe, loaded._replace(config=loaded.config.replace(write=recipe.write)))
-    return metrics.read_metrics(out / "metrics.jsonl")[-1]
+    finetune.run(recipe, loaded._replace(config=loaded.config.replace(write=recipe.write)))
+    return metrics.read_metrics(pathlib.Path(recipe.out, "metrics.jsonl"))[-1]
 
 
 def write_samples(demo: DemoConfig, loaded: finetune.Pretrained, memory: FinetuneConfig) -> list[tuple[str, str]]:

@@ -25,6 +25,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import tqdm
 
+from allmem_jax import stores
 from train import chats, formats, records
 
 _FORMAT = 3  # of the cache
@@ -188,11 +189,12 @@ def load_documents(
       ValueError: a file or a record that cannot be used, or a cache folder that cannot be written.
     """
     found = records.find(paths)
+    folder = stores.local_only(cache, "cache")
     ends = edges(tokenizer, end_of_text)
     shards = []
     for file, digest in digests(found, tokenizer, ends):
-        shard = open_shard(file, digest, Path(cache))
-        shards.append(tokenise(file, digest, tokenizer, ends, Path(cache)) if shard is None else shard)
+        shard = open_shard(file, digest, folder)
+        shards.append(tokenise(file, digest, tokenizer, ends, folder) if shard is None else shard)
     return Documents(shards, ends.prefix)
 
 

@@ -21,7 +21,8 @@ import numpy as np
 import tyro
 
 from allmem_jax import config as config_lib
-from allmem_jax import evals, model, report, sections, tasks
+from allmem_jax import evals, model, report, sections, stores, tasks
+from allmem_jax import tokenizer as tokenizer_lib
 from train import books, checkpoint, data, demo, errors, fetch, finetune, needle, stages
 from train.recipe import FinetuneConfig
 
@@ -92,6 +93,7 @@ class Mixed:
 
 def run(config: EvidenceConfig) -> sections.Section:
     """Trains, judges and tells. Returns the section, which is also in OUT/section.json."""
+    stores.local_only(config.out, "out")
     recipe = finetune.read_recipe(config.recipe)
     if not recipe.texts:
         texts = demo.write_texts(config.out / "texts")
@@ -182,7 +184,7 @@ def distance(
     tokenizer, tokens = pretrained.tokenizer, {}
     for book in books.heldout_books():
         ids = tokenizer.encode(book.text, add_special_tokens=False, verbose=False)
-        tokens[book.title] = evals.cut(ids, config.length, config.sequences, tokenizer.encode(""))
+        tokens[book.title] = evals.cut(ids, config.length, config.sequences, tokenizer_lib.prefix_tokens(tokenizer))
     return evals.evaluate(pretrained.config, pretrained.backbone, tokens, [windowed(pretrained), *variants])
 
 

@@ -29,7 +29,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from allmem_jax import config as config_lib
-from allmem_jax import convert, files, model, sharding, tokenizer
+from allmem_jax import convert, files, model, sharding, stores, tokenizer
 from allmem_jax import start as start_lib
 from train import checkpoint, data, distributed, errors, flops, metrics, plan, programs, steps, tiny
 from train.recipe import MEMORY, FinetuneConfig
@@ -61,7 +61,7 @@ def load(config: FinetuneConfig) -> Pretrained:
         fields = config.student(tiny.CONFIG, remembers=False)
         return Pretrained(fields, tiny.backbone(), model.init_memory(fields, config.seed), tiny.ByteTokenizer())
     if config.model in config_lib.PRESETS and not Path(config.model).exists():
-        found = tokenizer.load_tokenizer(Path(config.tokenizer)) if config.tokenizer else None
+        found = tokenizer.load_tokenizer(config.tokenizer) if config.tokenizer else None
         if found is None:
             raise ValueError(
                 f"tokenizer={config.tokenizer!r}: the preset {config.model} comes without one; name a folder or a .gguf"
@@ -80,13 +80,15 @@ def _new_memory(config: FinetuneConfig, fields: config_lib.ModelConfig, backbone
     """A memory that no training has seen, made as the recipe says."""
     if config.start == "random":
         return model.init_memory(fields, config.seed)
-    documents = data.load_documents(config.texts or config.mixture[0].texts, found, Path(config.cache))
+    documents = data.load_documents(config.texts or config.mixture[0].texts, found, config.cache)
     longest = int(np.argmax(documents.lengths))
     tokens, _ = documents.take(longest, 0, start_lib.LENGTH)
     return start_lib.from_attention(fields, backbone, tokens, config.seed)
 
 
-def run(config: FinetuneConfig, pretrained: Pretrained | None = None, rows: data.Source | None = None) -> Path:
+def run(
+    config: FinetuneConfig, pretrained: Pretrained | None = None, rows: data.Source | None = None
+) -> str | os.PathLike[str]:
     """Trains until `config.steps`, resuming what is in the output folder, and writes the result.
 
     Every process of a run calls it alike, on a folder that all of them see.
@@ -106,6 +108,7 @@ def run(config: FinetuneConfig, pretrained: Pretrained | None = None, rows: data
       SystemExit: stopped, after a checkpoint: 0 by SIGTERM, as schedulers expect, 130 by Ctrl-C.
     """
     config.check()
+    check_paths(config)
     mesh = sharding.make_mesh(*config.mesh)
     config.check_mesh(tuple(mesh.shape.values()))
     if pretrained is None:
@@ -115,12 +118,26 @@ def run(config: FinetuneConfig, pretrained: Pretrained | None = None, rows: data
     plan.warn_of_repeated_work(pretrained.config, dict(mesh.shape))
     rows = read_rows(config, pretrained, config.texts) if rows is None else rows
     held_out = read_rows(config, pretrained, config.eval_texts) if config.eval_texts else None
-    out = Path(config.out)
-    out.mkdir(parents=True, exist_ok=True)
-    with checkpoint.Checkpoints(out / "checkpoints", identity(config, pretrained, rows), config.keep) as checkpoints:
-        trained = _train(config, pretrained, rows, held_out, mesh, checkpoints)
+    named = identity(config, pretrained, rows)
+    with (
+        stores.spooled(config.out, ["metrics.jsonl"] if distributed.main_process() else []) as (out, upload),
+        checkpoint.Checkpoints(stores.join(config.out, "checkpoints"), named, config.keep) as checkpoints,
+    ):
+        out.mkdir(parents=True, exist_ok=True)
+        trained = _train(config, pretrained, rows, held_out, mesh, checkpoints, out, upload)
     export(config, pretrained, trained)
-    return out
+    return config.out if stores.is_url(config.out) else out
+
+
+def check_paths(config: FinetuneConfig) -> None:
+    """Raises a ValueError where nothing can be written; copies what is at URLs, or raises what keeps it from that."""
+    stores.check_writable(config.out)
+    stores.local_only(config.cache, "cache")
+    if jax.process_count() > 1 and not checkpoint.shared(config.out):
+        raise ValueError(f"out={config.out!r}: several processes need a folder that all of them see, or gs://")
+    parts = [path for part in config.mixture for path in part.texts]
+    for path in (config.model, config.tokenizer, *config.texts, *parts, *config.eval_texts):
+        stores.local(path)
 
 
 def identity(config: FinetuneConfig, pretrained: Pretrained, rows: data.Source) -> dict[str, Any]:
@@ -137,7 +154,7 @@ def read_rows(config: FinetuneConfig, pretrained: Pretrained, texts: Sequence[st
     """Rows of the texts, or where there are none of the recipe's mixture, whose tokens the model must know."""
     if not texts and not config.mixture:
         raise ValueError("there is nothing to train on: give --texts FILE_OR_FOLDER ...")
-    align, cache = max(config.chunk) if config.packed else None, Path(config.cache)
+    align, cache = max(config.chunk) if config.packed else None, stores.local_only(config.cache, "cache")
     rows: Any
     if texts:
         documents = data.load_documents(texts, pretrained.tokenizer, cache, end_of_text=config.end_of_text)
@@ -157,9 +174,14 @@ def _train(
     held_out: data.Source | None,
     mesh: Mesh,
     checkpoints: checkpoint.Checkpoints,
+    out: Path,
+    upload: Callable[[], None],
 ) -> model.Params:
-    """The loop. Returns the trained parameters, or their average where the recipe asks for one."""
-    out, main = Path(config.out), distributed.main_process()
+    """The loop. Returns the trained parameters, or their average where the recipe asks for one.
+
+    `out` is the output folder, or stands for it until `upload` is called.
+    """
+    main = distributed.main_process()
     state, frozen = start(config, pretrained, mesh)
     own = own_rows(mesh, config.batch)
     stream = data.Stream(rows, config.batch, seed=config.seed, local=own)
@@ -167,11 +189,11 @@ def _train(
     if (restored := checkpoints.restore(state)) is not None:
         done, state, record = restored
         stream.restore(record["data"])
-        _say(f"{out}: going on after step {done} of {config.steps}")
+        _say(f"{config.out}: going on after step {done} of {config.steps}")
     if done >= config.steps:
         return state.average or state.trained
     if main:
-        files.write(out / "recipe.json", json.dumps(dataclasses.asdict(config), indent=2))
+        files.write(stores.join(config.out, "recipe.json"), json.dumps(dataclasses.asdict(config), indent=2))
     teacher, student = programs.make(config, pretrained.config, sharding.tree_shardings(state, mesh), mesh)
     evaluate = _evaluation(config, pretrained.config, held_out, teacher, mesh)
     events = out / "tensorboard" if config.tensorboard else None
@@ -219,10 +241,11 @@ def _train(
             if last or step % config.checkpoint_every == 0:
                 report(*waiting)
                 waiting = None
+                upload()  # first, so that no line is missing of a step that a run resumes from
                 checkpoints.save(step, state, {"data": stream.state()})
             if stop and step < config.steps:
                 checkpoints.wait()
-                _say(f"{out}: stopped after step {step}; the same command goes on")
+                _say(f"{config.out}: stopped after step {step}; the same command goes on")
                 raise SystemExit(0 if stop == signal.SIGTERM else 128 + stop)
     return state.average or state.trained
 
@@ -360,22 +383,23 @@ def export(config: FinetuneConfig, pretrained: Pretrained, trained: model.Params
     if jax.process_count() > 1:
         trained = multihost_utils.process_allgather(trained, tiled=True)
     if distributed.main_process():
-        out = Path(config.out)
         backbone, memory = model.split_params(trained)
         leaves = jax.tree_util.tree_leaves_with_path(memory)
         flat = {sharding.path_string(path): np.asarray(leaf, np.float32) for path, leaf in leaves}
-        files.write(out / convert.ALLMEM_CONFIG, pretrained.config.to_json())
+        files.write(stores.join(config.out, convert.ALLMEM_CONFIG), pretrained.config.to_json())
         if config.export and config.model != "tiny":
             params = model.merge_params(backbone or pretrained.backbone, memory)
-            convert.save_pretrained(out / "model", pretrained.config, params, pretrained.tokenizer, overwrite=True)
-        files.write(out / convert.ALLMEM_WEIGHTS, safetensors.numpy.save(flat))  # last: a run that has it is complete
+            folder = stores.join(config.out, "model")
+            convert.save_pretrained(folder, pretrained.config, params, pretrained.tokenizer, overwrite=True)
+        weights = stores.join(config.out, convert.ALLMEM_WEIGHTS)
+        files.write(weights, safetensors.numpy.save(flat))  # last: a run that has it is complete
     distributed.wait_for_all("exported")
 
 
 def trained_memory(out: str | os.PathLike[str]) -> model.Params:
     """The memory that a run wrote, {"layers": {"memory": ...}}."""
     tree: model.Params = {}
-    for name, value in safetensors.numpy.load_file(Path(out) / convert.ALLMEM_WEIGHTS).items():
+    for name, value in safetensors.numpy.load(stores.read(stores.join(out, convert.ALLMEM_WEIGHTS))).items():
         *folders, last = name.split("/")
         node = functools.reduce(lambda at, key: at.setdefault(key, {}), folders, tree)
         node[last] = jnp.asarray(value)

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 import tqdm
 
-from allmem_jax import files
+from allmem_jax import files, stores
 
 
 class MetricsLog:
@@ -78,10 +79,10 @@ def _wandb(project: str, folder: Path) -> Any:
     return wandb.init(project=project, id=name, name=name, dir=str(folder), resume="allow")
 
 
-def read_metrics(file: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl, without a last one that a killed process left incomplete."""
+def read_metrics(file: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """The lines of a metrics.jsonl or its URL, without a last one that a killed process left incomplete."""
     lines = []
-    for line in file.read_text(encoding="utf-8").splitlines():
+    for line in stores.read(file).decode().splitlines():
         try:
             lines.append(json.loads(line))
         except json.JSONDecodeError:

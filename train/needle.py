@@ -14,7 +14,6 @@ next token of all. The loss is on that token alone, and the sentence is never wi
 import dataclasses
 import hashlib
 import json
-import pathlib
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
@@ -25,7 +24,7 @@ import tqdm
 import tyro
 
 from allmem_jax import config as config_lib
-from allmem_jax import convert, functional, model, prompts
+from allmem_jax import convert, files, functional, model, prompts, stores
 from train import books, errors, fetch, finetune
 from train.recipe import FinetuneConfig
 
@@ -213,7 +212,7 @@ def train(settings: Train) -> dict[str, dict[str, float]]:
         finetune.run(part, pretrained._replace(config=config), rows)
         params = model.merge_params(pretrained.backbone, finetune.trained_memory(part.out))
         results[name] = recall(config, params, held, settings.samples, settings.batch)
-    pathlib.Path(settings.out, "recall.json").write_text(json.dumps(results, indent=2))
+    files.write(stores.join(settings.out, "recall.json"), json.dumps(results, indent=2))
     _print(results, len(held.words))
     return results
 

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import jax
 
-from allmem_jax import model, sharding
+from allmem_jax import model, sharding, stores
 from train import checkpoint, distributed, errors, finetune
 from train import prompts as prompts_lib
 from train import rollout as rollout_lib
@@ -53,6 +53,7 @@ def run(
       ValueError: a field or a prompt cannot work, before anything is generated.
     """
     settings.check()
+    out = stores.local_only(config.out, "out")
     one = dataclasses.replace(config, texts=(), mixture=(), pack=True, response_only=True, export=False)
     one.check()
     one.check_mesh(tuple(sharding.make_mesh(*one.mesh).shape.values()))
@@ -65,7 +66,7 @@ def run(
     if not 1 <= rounds <= len(asked):
         raise ValueError(f"rounds={rounds} must be from 1 to the number of prompts, {len(asked)}")
     origin = checkpoint.content_hash(start.backbone)  # once, as no round changes it
-    out, current = Path(config.out), start._replace(origin=origin)
+    current = start._replace(origin=origin)
     for number in range(1, rounds + 1):
         folder = out / f"round-{number}"
         texts = _answers(settings, current, asked[number - 1 :: rounds], folder, config.seed + number)

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from allmem_jax import config as config_lib
-from allmem_jax import convert, sharding
+from allmem_jax import convert, sharding, stores
 from pallas_kernels import topology
 from train import flops, programs, steps, tiny
 from train.recipe import FinetuneConfig
@@ -73,7 +73,8 @@ def planned_config(config: FinetuneConfig) -> config_lib.ModelConfig:
     if config.model == "tiny":
         return config.student(tiny.CONFIG, remembers=False)
     found = convert.read_config(config.model)
-    remembers = Path(config.model).expanduser().exists() and found.mixer in config_lib.MEMORY_MIXERS
+    preset = not stores.is_url(config.model) and not Path(config.model).expanduser().exists()
+    remembers = not preset and found.mixer in config_lib.MEMORY_MIXERS
     return config.student(found, remembers)
 
 

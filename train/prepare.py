@@ -13,6 +13,7 @@ from typing import Any
 
 import tqdm
 
+from allmem_jax import stores
 from train import documents, errors, records
 
 _worker: dict[str, Any] = {}  # of a process: the tokenizer and its edges, which are sent once
@@ -88,7 +89,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         recipe = finetune.parse(FinetuneConfig, "train.prepare", __doc__ or "", arguments)
         if not recipe.model or not (paths := texts(recipe)):
             raise ValueError("the recipe names no model, or no texts: give both --model and --texts")
-        tokenizer, cache = load_tokenizer(recipe), Path(recipe.cache)
+        cache = stores.local_only(recipe.cache, "cache")
+        tokenizer = load_tokenizer(recipe)
         made = prepare(paths, tokenizer, cache, os.cpu_count() or 1, end_of_text=recipe.end_of_text)
         found = documents.load_documents(paths, tokenizer, cache, end_of_text=recipe.end_of_text)
         print(f"{len(found)} documents, {found.lengths.sum()} tokens in {cache}; {made} files tokenised now")

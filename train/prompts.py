@@ -1,11 +1,11 @@
 """Prompts to answer: records of text or conversations that end with the user, as the student will read them."""
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import tqdm
 
+from allmem_jax import stores
 from train import documents, formats, records
 
 
@@ -46,7 +46,7 @@ def read(path: str, tokenizer: Any, longest: int) -> list[Prompt]:
 
 def _conversations(path: str) -> Iterator[tuple[str, formats.Chat]]:
     """The name of each record, for errors, and its conversation, in which the model has the next word."""
-    file, kinds = Path(path), records.SUFFIXES[1:]
+    file, kinds = stores.local(path), records.SUFFIXES[1:]
     if not file.is_file() or records.kind(file).removesuffix(".gz") not in kinds:
         raise ValueError(f"prompts={path!r} must be a {', '.join(kinds)} file that exists")
     records.find([file])  # refuses an empty file and a pointer to one

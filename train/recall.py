@@ -29,7 +29,7 @@ import tqdm
 import tyro
 
 from allmem_jax import config as config_lib
-from allmem_jax import cost, functional, model
+from allmem_jax import cost, functional, model, stores
 from train import errors
 
 Variant = Literal["allmem", "write_off", "mamba2", "delta", "swa", "full"]
@@ -289,6 +289,7 @@ def train(config: RecallConfig, variant: Variant) -> dict[str, Any]:
 
 def main(config: RecallConfig) -> list[dict[str, Any]]:
     """Trains every variant and prints the table."""
+    stores.local_only(config.out or "", "out")
     results = [train(config, variant) for variant in config.variants]
     print(f"accuracy by tokens of gap / pairs (chance {config.values**-config.digits:.3g})")
     columns = "".join(f"{f'{gap}/{pairs}':>8}" for gap, pairs, _ in results[0]["accuracy"])

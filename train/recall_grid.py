@@ -17,7 +17,7 @@ import numpy as np
 import tqdm
 import tyro
 
-from allmem_jax import files, sections
+from allmem_jax import files, sections, stores
 from train import errors, recall, stages
 
 Row = dict[str, Any]
@@ -225,6 +225,7 @@ def section(settings: GridConfig, results: dict[str, dict[str, list[Row]]]) -> s
 
 def main(settings: GridConfig) -> sections.Section:
     """Trains, prints and writes."""
+    stores.local_only(settings.out, "out")
     made = section(settings, run(settings))
     sections.save(settings.out / "section.json", made)
     for each in made.tables:

@@ -38,7 +38,8 @@ class FinetuneConfig:
     mixture: tuple[data.Part, ...] = ()
     """Where texts are not given: sets of them with weights, each with its own length of pieces and mask."""
     out: str = ""
-    """Folder for checkpoints, metrics.jsonl and the result. The same command resumes what is there."""
+    """Folder for checkpoints, metrics.jsonl and the result. The same command resumes what is there. Like the model and
+    the texts, it may be a URL such as gs://BUCKET/PATH; several processes can then write to gs:// alone."""
     mixer: Literal["allmem", "mamba2", "delta"] | None = None
     """Which memory: AllMem's, or a baseline in its place, as large in parameters, that writes every token. None, here
     and in what follows on the memory, is as the model has it, or the default of `ModelConfig` for a new memory. What
@@ -152,7 +153,7 @@ class FinetuneConfig:
     export: bool = True
     """Write the whole converted model to OUT/model at the end, beside the memory in OUT/allmem.safetensors."""
     cache: str = ".cache/tokens"
-    """Where tokenised texts are kept."""
+    """Local folder where tokenised texts are kept."""
 
     @property
     def packed(self) -> bool:

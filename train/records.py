@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from allmem_jax import stores
 from train import formats
 
 _PLAIN = (".txt", ".jsonl", ".json")
@@ -56,13 +57,13 @@ def kind(file: Path) -> str:
 
 
 def find(paths: Sequence[str | os.PathLike[str]]) -> list[Path]:
-    """The files, and those with a known suffix in the folders, in a fixed order.
+    """The files, and those with a known suffix in the folders, in a fixed order; local copies of those at URLs.
 
     Raises:
       ValueError: nothing found, an empty file, or a Git LFS pointer.
     """
     files: list[Path] = []
-    for path in map(Path, paths):
+    for path in map(stores.local, paths):
         if not path.exists():
             raise ValueError(f"no text at {path}: give {_KINDS} files, or folders of them")
         found = [file for file in sorted(path.rglob("*")) if _belongs(file, path)] if path.is_dir() else [path]

@@ -17,7 +17,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -29,10 +29,13 @@ import tyro
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from allmem_jax import config as config_lib
-from allmem_jax import convert, families, files, generation, model, sharding, text
+from allmem_jax import convert, families, files, generation, model, sharding, stores, text
 from allmem_jax import state as state_lib
 from train import checkpoint, distributed, errors, finetune, tiny
 from train import prompts as prompts_lib
+
+_SETTINGS = ".settings.json"  # after the name of the answers' file
+_UPLOAD_SECONDS = 60  # between copies of a growing file to a store
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,7 +85,8 @@ class Command(distributed.Processes, Settings):
     prompts: str = ""
     """A .jsonl, .parquet or .arrayrecord file of {"prompt": TEXT} or {"messages": [...]} that ends with the user."""
     out: str = ""
-    """The .jsonl file of answers. The same command resumes what is there; its settings lie in OUT.settings.json."""
+    """The .jsonl file of answers, or its URL. The same command resumes what is there; its settings lie in
+    OUT.settings.json."""
     seed: int = 0
     """Of the draws."""
     window: int | None = None
@@ -125,10 +129,11 @@ def load(command: Command) -> Student:
         raise ValueError(f"{command.model} has no tokenizer, which the prompts need; add its tokenizer.json")
     stops = stop_tokens(tokenizer, config)
     if command.memory:
-        file = Path(command.memory) / convert.ALLMEM_CONFIG
-        if not file.is_file():
-            raise ValueError(f"memory={command.memory!r} has no {file.name}: give the output folder of a finished run")
-        saved = config_lib.ModelConfig.from_json(file.read_text())
+        file = stores.join(command.memory, convert.ALLMEM_CONFIG)
+        if not stores.names(file):
+            name = convert.ALLMEM_CONFIG
+            raise ValueError(f"memory={command.memory!r} has no {name}: give the output folder of a finished run")
+        saved = config_lib.ModelConfig.from_json(stores.read(file).decode())
         if differing := families.differing_fields(saved, config):
             raise ValueError(f"{file} is of another model than {command.model}: {', '.join(differing)}")
         config = saved.replace(dtype=command.dtype)
@@ -152,18 +157,18 @@ def run(
     settings: Settings,
     student: Student,
     prompts: Sequence[prompts_lib.Prompt],
-    out: Path,
+    out: str | os.PathLike[str],
     *,
     seed: int,
     share: tuple[int, int],
-) -> Path:
+) -> str | os.PathLike[str]:
     """Answers the prompts, going on after what is on disk already.
 
     Args:
       settings: of the draws.
       student: who answers.
       prompts: at least one.
-      out: the file of answers, or what the names of its parts are made from.
+      out: the file of answers or its URL, or what the names of its parts are made from.
       seed: of the draws.
       share: (i, n): this is process i of n, and answers batches i, i + n, ...
 
@@ -173,6 +178,23 @@ def run(
     Raises:
       ValueError: fewer batches than processes, or what is on disk was made with other settings.
     """
+    parent, name = os.path.split(out)
+    part = part_name(Path(name), *share).name
+    with stores.spooled(parent, (part, f"{name}{_SETTINGS}")) as (folder, upload):
+        _run(settings, student, prompts, folder / name, upload, seed, share)
+    return stores.join(parent, part)
+
+
+def _run(
+    settings: Settings,
+    student: Student,
+    prompts: Sequence[prompts_lib.Prompt],
+    out: Path,
+    upload: Callable[[], None],
+    seed: int,
+    share: tuple[int, int],
+) -> None:
+    """The same in a local folder, of which `upload` is called now and then."""
     settings.check()
     longest_first = sorted(prompts, key=lambda prompt: (-len(prompt.tokens), prompt.id))
     starts = range(0, len(prompts), settings.batch)
@@ -186,7 +208,7 @@ def run(
     done = _complete_batches(path, [len(batch) for batch in batches])
     if mesh is not None:
         student = student._replace(params=jax.device_put(student.params, NamedSharding(mesh, PartitionSpec())))
-    began, tokens = time.perf_counter(), 0
+    began, tokens, uploaded = time.perf_counter(), 0, time.monotonic()
     with (
         nullcontext() if mesh is None else jax.set_mesh(mesh),
         open(path, "ab") as file,
@@ -198,13 +220,15 @@ def run(
             file.write("".join(json.dumps(line) + "\n" for line in lines).encode())
             file.flush()
             os.fsync(file.fileno())
+            if time.monotonic() - uploaded > _UPLOAD_SECONDS:
+                upload()
+                uploaded = time.monotonic()
             tokens += sum(line["tokens"] for line in lines)
             bar.set_postfix_str(f"{tokens / (time.perf_counter() - began):.1f} tokens/s", refresh=False)
             bar.update()
     seconds = time.perf_counter() - began
     print(f"{path}: {sum(map(len, batches))} answers, {tokens} tokens now, {tokens / seconds:.1f} tokens/s",
           file=sys.stderr, flush=True)  # fmt: skip
-    return path
 
 
 def part_name(out: Path, index: int, count: int) -> Path:
@@ -282,7 +306,7 @@ def _identity(
 
 def _settle(out: Path, path: Path, identity: dict[str, Any]) -> None:
     """Writes the settings beside the answers, or holds them against those that `path` was begun with."""
-    beside = out.with_name(f"{out.name}.settings.json")
+    beside = out.with_name(out.name + _SETTINGS)
     if not beside.exists():
         if path.exists():
             raise ValueError(f"{path} exists without {beside.name}, so it cannot be continued: give another --out")
@@ -328,11 +352,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if not command.out.endswith(".jsonl"):
             raise ValueError(f"out={command.out!r} must end in .jsonl, which training reads")
         distributed.join(command)
+        stores.check_writable(os.path.dirname(command.out))
         student = load(command)
         prompts = prompts_lib.read(command.prompts, student.tokenizer, command.max_prompt)
         settings = Settings(**{field.name: getattr(command, field.name) for field in dataclasses.fields(Settings)})
         share = jax.process_index(), jax.process_count()
-        print(run(settings, student, prompts, Path(command.out), seed=command.seed, share=share))
+        print(run(settings, student, prompts, command.out, seed=command.seed, share=share))
 
 
 if __name__ == "__main__":

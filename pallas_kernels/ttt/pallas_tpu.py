@@ -116,7 +116,8 @@ def backward(chunk_size, aligned, difference, residuals, cotangents, *, tiles=No
     ]
     arrays += [tpu_layout.to_fast(layout, init), *saved, *(tpu_layout.to_fast(layout, x) for x in d_state[:3])]
 
-    *d_tokens, d_rates, d_means, d_weights, d_velocity, d_pending, d_init = _call_backward(layout, difference, work, arrays)
+    found = _call_backward(layout, difference, work, arrays)
+    *d_tokens, d_rates, d_means, d_weights, d_velocity, d_pending, d_init = found
     d_q, d_k, d_v = (tpu_layout.from_blocks(layout, x, q.shape, valid) for x in d_tokens)
     d_lr = tpu_layout.from_rates(layout, plan, d_rates, lr)
     d_means = jnp.where(plan.update[..., None], tpu_layout.from_lanes(layout, d_means, q.shape[2]), 0)
@@ -305,7 +306,8 @@ def _call_forward(layout, difference, save, work, arrays):
     shapes = [jax.ShapeDtypeStruct(arrays[0].shape, arrays[0].dtype)]
     shapes += [_fast_shape(layout, batch, layout.slots)] * saved + [_fast_shape(layout, batch, 1)] * 3
     return _call(
-        functools.partial(_forward_kernel, layout, difference, save), "ttt_memory_forward", layout, work, arrays, shapes,
+        functools.partial(_forward_kernel, layout, difference, save), "ttt_memory_forward", layout, work, arrays,
+        shapes,
         in_specs=[token] * 3 + [rate, lane, fast(shared=True)] + [fast()] * 3,
         out_specs=[token] + [slot] * saved + [fast()] * 3,
         scratch=(4, 2),

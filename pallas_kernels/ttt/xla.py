@@ -73,9 +73,7 @@ class Phases(NamedTuple):
     later: bool
 
 
-def forward(
-    chunk_size, aligned, difference, tokens, init, state, valid, reset, *, kernels: Kernels | None = None
-):
+def forward(chunk_size, aligned, difference, tokens, init, state, valid, reset, *, kernels: Kernels | None = None):
     """Returns (out [B, L, N, D], state) and what `backward` needs.
 
     Args:
