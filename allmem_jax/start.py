@@ -168,8 +168,7 @@ def _rate(config: config_lib.ModelConfig, memory: Any, inputs: jax.Array) -> jax
 
     def read(rate: jax.Array | float, read_out: str) -> jax.Array:
         rates = jnp.full((*shape[:3], 3), rate, jnp.float32)
-        options = dict(chunk_size=config.chunk, read_out=read_out)
-        out = pallas_kernels.ttt_memory(q, k, v, rates, momentum, init, **options)[0]
+        out, _ = pallas_kernels.ttt_memory(q, k, v, rates, momentum, init, chunk_size=config.chunk, read_out=read_out)
         return jnp.linalg.norm(out[:, WARM_UP:].astype(jnp.float32), axis=-1)
 
     blank = read(0.0, "full")
