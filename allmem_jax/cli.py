@@ -79,7 +79,10 @@ def convert(
     chunk: int = 2048,
     n_mem: int | None = None,
     d_mem: int = 64,
+    read_out: Literal["full", "difference"] = "full",
     qk_scale: Literal["l2", "rms"] = "l2",
+    start: Literal["random", "attention"] = "random",
+    texts: tuple[pathlib.Path, ...] = (),
     seed: int = 0,
     dtype: DType = "float32",
     overwrite: bool = False,
@@ -99,7 +102,12 @@ def convert(
         chunk: Tokens between two updates of the memory; more than the window leaves a blind gap.
         n_mem: Heads of the memory. Default: the model's key-value heads, but at most 8, and 4 where it has one or two.
         d_mem: Dimension of a head of the memory.
+        read_out: What is read of the memory: f(W, q) (full, the paper), or its difference to that of the initial
+            weights, which is silent until something was written.
         qk_scale: Norm of the memory's queries and keys: 1 (l2, the paper) or sqrt(d_mem) (rms).
+        start: What the memory starts from: random projections, or those of each layer's attention, with learning rates
+            that are fitted to a text.
+        texts: UTF-8 text files for that; default: Python's documentation.
         seed: Of the memory's initial values.
         dtype: Of the weights that are written.
         overwrite: Replace what is in the folder.
@@ -114,17 +122,33 @@ def convert(
     from allmem_jax import model as model_lib
 
     _say(f"reading {model}")
-    sizes = dict(window=window, sinks=sinks, chunk=chunk, d_mem=d_mem, qk_scale=qk_scale)
+    sizes = dict(window=window, sinks=sinks, chunk=chunk, d_mem=d_mem, read_out=read_out, qk_scale=qk_scale)
     config, params, tokenizer = convert_lib.load_pretrained(model, dtype=dtype, **_set(dict(n_mem=n_mem)), **sizes)
     config = config.replace(mixer=config.memory_mixer)
     backbone, _ = model_lib.split_params(params)
-    params = model_lib.merge_params(backbone, model_lib.init_memory(config, seed))
+    if start == "attention":
+        memory = _memory_from_attention(config, backbone, tokenizer, texts, seed)
+    else:
+        memory = model_lib.init_memory(config, seed)
+    params = model_lib.merge_params(backbone, memory)
     _say(f"writing {out}")
     convert_lib.save_pretrained(out, config, params, tokenizer, overwrite=overwrite)
     groups = cost.parameter_groups(config)
     print(
         f"{out}: {groups['memory'] / 1e6:.1f} M parameters of memory added, {cost.added_share(config):.1%} of the model"
     )
+
+
+def _memory_from_attention(config: Any, backbone: Any, tokenizer: Any, texts: Sequence[pathlib.Path], seed: int) -> Any:
+    from allmem_jax import evaluation_report
+    from allmem_jax import start as start_lib
+
+    if tokenizer is None:
+        raise ValueError("start=attention reads a text: copy the original model's tokenizer.json into the folder")
+    text = "\n".join(evaluation_report.read_texts(texts).values())[: 16 * start_lib.LENGTH]
+    tokens = tokenizer.encode(text, add_special_tokens=False)[: start_lib.LENGTH]
+    progress = _progress(config.n_layers, "starting the memory from the attention")
+    return start_lib.from_attention(config, backbone, tokens, seed, progress)
 
 
 def generate(

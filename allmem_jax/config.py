@@ -87,6 +87,8 @@ class ModelConfig:
         memory gives is `default_n_mem`.
       mem_expansion: hidden size of the fast weights over d_mem.
       conv_kernel: taps of the causal depthwise convolutions.
+      read_out: what is read of the memory: "full" f(W, q) (the paper), in which the initial weights act as an adapter;
+        "difference" f(W, q) - f(W_init, q), what it has learned, and nothing until then.
       qk_scale: "l2" gives queries and keys of the memory unit norm (the paper), "rms" norm sqrt(d_mem).
       alpha_init: start of the memory's per-channel output scale; 0.0 leaves a converted model unchanged.
       lr_init, momentum_init: start values of the two, for an average token.
@@ -138,6 +140,7 @@ class ModelConfig:
     d_mem: int = 64
     mem_expansion: int = 2
     conv_kernel: int = 4
+    read_out: str = "full"
     qk_scale: str = "l2"
     alpha_init: float = 0.0
     lr_init: float = 0.005
@@ -174,6 +177,7 @@ class ModelConfig:
         _one_of("mixer", self.mixer, MIXERS)
         _one_of("family", self.family, FAMILIES)
         _one_of("activation", self.activation, ("silu", "gelu_tanh"))
+        _one_of("read_out", self.read_out, ("difference", "full"))
         _one_of("qk_scale", self.qk_scale, ("l2", "rms"))
         _one_of("dtype", self.dtype, ("float32", "bfloat16"))
         _one_of("remat", self.remat, ("layer", "dots", "none"))

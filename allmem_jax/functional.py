@@ -271,6 +271,7 @@ def remember(
     chunk: int,
     valid: jax.Array | None,
     reset: jax.Array | None,
+    read_out: str,
 ) -> tuple[jax.Array, pallas_kernels.MemoryState]:
     """The memory's read-outs [B, L, N, D] and its state afterwards; see `pallas_kernels.ttt_memory`.
 
@@ -278,7 +279,8 @@ def remember(
     """
 
     def kernel(q, k, v, lr, momentum, init, state, valid, reset):
-        return pallas_kernels.ttt_memory(q, k, v, lr, momentum, init, state, chunk_size=chunk, valid=valid, reset=reset)
+        options = dict(chunk_size=chunk, valid=valid, reset=reset, read_out=read_out)
+        return pallas_kernels.ttt_memory(q, k, v, lr, momentum, init, state, **options)
 
     tokens, rows, row_heads = (
         PartitionSpec("rows", None, "heads"),

@@ -18,6 +18,7 @@ from allmem_jax import config as config_lib
 from allmem_jax import functional, linear_memory, sharding
 
 Rope = tuple[jax.Array, jax.Array]
+DIFFERENCE_EPS = 1e-12  # of the norm of a read-out that is small where little was written
 
 
 class Shared(NamedTuple):
@@ -212,10 +213,13 @@ class Memory(nn.Module):
         past = None if state is None else functional.start_memory(state.memory, init, shared.position == 0)
         out, after = functional.remember(
             q, k, v, lr, momentum, init, past,
-            chunk=c.chunk, valid=real_tokens(x, shared), reset=shared.reset,
+            chunk=c.chunk, valid=real_tokens(x, shared), reset=shared.reset, read_out=c.read_out,
         )  # fmt: skip
         self._report(lr, momentum, init, after)
-        out = RMSNorm(c.norm_eps, name="out_norm")(out)
+        difference = c.read_out == "difference"
+        if difference and not c.write:
+            out = jnp.zeros_like(out)  # which it is to rounding, and the norm would blow that up
+        out = RMSNorm(DIFFERENCE_EPS if difference else c.norm_eps, name="out_norm")(out)
         small = nn.initializers.variance_scaling(0.01, "fan_in", "normal")
         gate = nn.sigmoid(Linear(c.memory_heads, kernel_init=small, name="gate_proj")(x).astype(jnp.float32))
         out = (out * gate[..., None]).astype(x.dtype).reshape(*x.shape[:2], -1)

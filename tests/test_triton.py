@@ -212,8 +212,8 @@ def check_kernel(rng, kernel, plain, arguments):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("given", [False, True])
-def test_memory_matches_reference(given):
+@pytest.mark.parametrize("given,difference", [(False, False), (True, False), (True, True)])
+def test_memory_matches_reference(given, difference):
     rng = np.random.default_rng(0)
     batch, length, heads, dim, hidden, chunk = 2, 21, 2, 8, 12, 8
     q, k, v = (jnp.asarray(rng.normal(size=(batch, length, heads, dim)), jnp.float32) for _ in range(3))
@@ -231,7 +231,8 @@ def test_memory_matches_reference(given):
     def dense(tokens, init, floats):
         valid, reset = marks if given else (jnp.ones((batch, length), bool), jnp.zeros((batch, length), bool))
         start = types.MemoryState(*floats, state.count)
-        out, end = ttt_reference.ttt_memory(*tokens, init, start, chunk_size=chunk, valid=valid, reset=reset)
+        options = dict(chunk_size=chunk, valid=valid, reset=reset, difference=difference)
+        out, end = ttt_reference.ttt_memory(*tokens, init, start, **options)
         return out, tuple(end[:4])
 
     @jax.jit
@@ -246,9 +247,10 @@ def test_memory_matches_reference(given):
 
     @jax.jit
     def run(tokens, init, state, marks, cotangent):
-        (out, end), residuals = ttt_triton.forward(chunk, not given, tokens, init, state, *marks)
+        (out, end), residuals = ttt_triton.forward(chunk, not given, difference, tokens, init, state, *marks)
         d_end = types.MemoryState(*cotangent[1], None)
-        d_tokens, d_init, d_state = ttt_triton.backward(chunk, not given, residuals, (cotangent[0], d_end))
+        cotangents = cotangent[0], d_end
+        d_tokens, d_init, d_state = ttt_triton.backward(chunk, not given, difference, residuals, cotangents)
         return (out, tuple(end[:4])), d_tokens, d_init, tuple(d_state[:4])
 
     got = run(tokens, init, state, marks, cotangent)
@@ -328,7 +330,7 @@ def attention(q, k, segments):
 
 def memory(q, lr, w):
     tiles = ttt.choose_tiles(64, q.dtype)
-    jax.vjp(lambda *x: ttt.read_tokens(tiles, *x), w, q)[1](q)
+    jax.vjp(lambda *x: ttt.read_tokens(tiles, *x), w, q)[1](q.astype(jnp.float32))
     jax.vjp(lambda *x: ttt.write_tokens(tiles, *x), w, q, q, lr)[1](w)
 
 triton_call.call = call

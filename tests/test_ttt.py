@@ -52,19 +52,19 @@ def make_masks(length, seed=0):
     return valid, reset
 
 
-@functools.partial(jax.jit, static_argnames="implementation")
-def run(arguments, state, valid, reset, *, implementation=None):
-    return ttt_memory(*arguments, state, chunk_size=CHUNK, valid=valid, reset=reset, implementation=implementation)
+@functools.partial(jax.jit, static_argnames=("implementation", "read_out"))
+def run(arguments, state, valid, reset, **options):
+    return ttt_memory(*arguments, state, chunk_size=CHUNK, valid=valid, reset=reset, **options)
 
 
-@functools.partial(jax.jit, static_argnames="implementation")
-def run_and_differentiate(arguments, state, valid, reset, *, implementation):
+@functools.partial(jax.jit, static_argnames=("implementation", "read_out"))
+def run_and_differentiate(arguments, state, valid, reset, **options):
     """Returns outputs, the final state, and gradients of a random-weighted sum of all of both."""
     floats, count = (None, None) if state is None else (tuple(state[:4]), state.count)
 
     def loss(arguments, floats):
         start = None if floats is None else MemoryState(*floats, count)
-        out, end = run(arguments, start, valid, reset, implementation=implementation)
+        out, end = run(arguments, start, valid, reset, **options)
         rng = np.random.default_rng(1)
         terms = (jnp.sum(x * rng.normal(size=x.shape).astype("f")) for x in jax.tree.leaves((out, end[:4])))
         return sum(terms), (out, end)
@@ -73,9 +73,10 @@ def run_and_differentiate(arguments, state, valid, reset, *, implementation):
     return out, end, (*gradients[0], gradients[1])
 
 
-def assert_matches_reference(arguments, state, valid, reset, implementation, tolerance=1e-5):
-    got_out, got_state, got = run_and_differentiate(arguments, state, valid, reset, implementation=implementation)
-    out, end, want = run_and_differentiate(arguments, state, valid, reset, implementation="reference")
+def assert_matches_reference(arguments, state, valid, reset, implementation, tolerance=1e-5, read_out="full"):
+    both = functools.partial(run_and_differentiate, arguments, state, valid, reset, read_out=read_out)
+    got_out, got_state, got = both(implementation=implementation)
+    out, end, want = both(implementation="reference")
     assert np.array_equal(got_state.count, end.count)
     assert relative(got_out, out) < tolerance
     for name, a, b in zip(MemoryState._fields[:4], got_state[:4], end[:4], strict=True):
@@ -105,6 +106,30 @@ def test_matches_reference_with_everything_given(implementation, length, seeds):
         arguments, state = make_inputs(length, seed=seed)
         valid, reset = make_masks(length, seed=seed)
         assert_matches_reference(arguments, state, valid, reset, implementation)
+
+
+@pytest.mark.parametrize(
+    "given,implementation", [(given, name) for name in BACKENDS for given in (False, True)] + [(True, "pallas")]
+)
+def test_matches_reference_in_the_difference(implementation, given):
+    arguments, state = make_inputs(27)
+    valid, reset = make_masks(27, seed=1) if given else (None, None)
+    assert_matches_reference(arguments, state if given else None, valid, reset, implementation, read_out="difference")
+
+
+@pytest.mark.parametrize("implementation", [*BACKENDS, "pallas", "reference"])
+def test_the_difference_is_zero_until_something_was_written(implementation):
+    """Bit for bit in a document's first chunk, and to rounding where the learning rates are zero."""
+    (q, k, v, lr, momentum, init), _ = make_inputs(27)
+    reset = np.zeros(q.shape[:2], bool)
+    reset[0, 11] = True
+    blank = {"implementation": implementation, "read_out": "difference"}
+    out, _ = run((q, k, v, lr, momentum, init), None, None, reset, **blank)
+    first = np.zeros(q.shape[:2], bool)
+    first[:, :CHUNK], first[0, 11 : 11 + CHUNK] = True, True
+    assert not np.any(np.asarray(out)[first]) and np.all(np.any(np.asarray(out)[~first], axis=(-1, -2)))
+    silent, _ = run((q, k, v, 0 * lr, momentum, init), None, None, reset, **blank)
+    assert np.linalg.norm(silent) < 1e-6 * np.linalg.norm(out)
 
 
 @pytest.mark.parametrize("implementation", BACKENDS)

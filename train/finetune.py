@@ -30,6 +30,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from allmem_jax import config as config_lib
 from allmem_jax import convert, files, model, sharding, stores, tokenizer
+from allmem_jax import start as start_lib
 from train import checkpoint, data, distributed, errors, flops, metrics, plan, programs, steps, tiny
 from train.recipe import MEMORY, FinetuneConfig
 
@@ -72,7 +73,17 @@ def load(config: FinetuneConfig) -> Pretrained:
         raise ValueError(f"{config.model} has no tokenizer, which the texts need; add its tokenizer.json")
     backbone, memory = model.split_params(params)
     fields = config.student(loaded, remembers=bool(memory))
-    return Pretrained(fields, backbone, memory or model.init_memory(fields, config.seed), found)
+    return Pretrained(fields, backbone, memory or _new_memory(config, fields, backbone, found), found)
+
+
+def _new_memory(config: FinetuneConfig, fields: config_lib.ModelConfig, backbone: Any, found: Any) -> model.Params:
+    """A memory that no training has seen, made as the recipe says."""
+    if config.start == "random":
+        return model.init_memory(fields, config.seed)
+    documents = data.load_documents(config.texts or config.mixture[0].texts, found, config.cache)
+    longest = int(np.argmax(documents.lengths))
+    tokens, _ = documents.take(longest, 0, start_lib.LENGTH)
+    return start_lib.from_attention(fields, backbone, tokens, config.seed)
 
 
 def run(

@@ -11,7 +11,7 @@ from allmem_jax import config as config_lib
 from train import data
 
 # Fields of `ModelConfig` that a recipe leaves to the model where they are None.
-MEMORY = ("mixer", "write", "n_mem", "d_mem", "qk_scale", "alpha_init", "lr_init", "momentum_init")
+MEMORY = ("mixer", "write", "n_mem", "d_mem", "read_out", "qk_scale", "alpha_init", "lr_init", "momentum_init")
 
 # A continuation may differ in these and still give the same losses (to rounding, on another mesh).
 _FREE = (
@@ -103,10 +103,15 @@ class FinetuneConfig:
     max_bad_steps: int = 5
     """Stop after so many non-finite steps in a row; single ones are skipped and counted."""
 
+    start: Literal["random", "attention"] = "random"
+    """What a new memory starts from: random projections, or those of each layer's attention, with rates that are fitted
+    to the first of the texts."""
     n_mem: int | None = None
     """Heads of the memory."""
     d_mem: int | None = None
     """Their dimension."""
+    read_out: Literal["full", "difference"] | None = None
+    """What is read of the memory: f(W, q) (the paper), or its difference to that of the initial weights."""
     qk_scale: Literal["l2", "rms"] | None = None
     """Norm of the memory's queries and keys: 1 (the paper) or sqrt(d_mem)."""
     alpha_init: float | None = None

@@ -13,6 +13,8 @@ from pallas_kernels import backends
 from pallas_kernels.ttt import pallas_tpu, reference, xla
 from pallas_kernels.ttt.types import FastWeights, MemoryState, init_memory_state
 
+READ_OUTS = ("full", "difference")
+
 
 def ttt_memory(
     q: jax.Array,
@@ -26,6 +28,7 @@ def ttt_memory(
     chunk_size: int,
     valid: jax.Array | None = None,
     reset: jax.Array | None = None,
+    read_out: str = "full",
     implementation: str | None = None,
 ) -> tuple[jax.Array, MemoryState]:
     """Reads and trains one memory per head, chunk by chunk (AllMem, arXiv 2602.13680).
@@ -48,6 +51,8 @@ def ttt_memory(
       chunk_size: tokens per update; a Python int.
       valid: bool [B, L]; a false token writes nothing, is not counted, and its output is zero.
       reset: bool [B, L]; before a true token, valid or not, the row's state goes back to that of `init_memory_state`.
+      read_out: "full" reads f(W, q_t), as above; "difference" reads f(W, q_t) - f(init, q_t), which is zero until
+        something was written. Nothing else depends on it.
       implementation: None for the best on the platform that the code is lowered for; or "xla", "pallas" (TPU),
         "triton" (NVIDIA GPUs), "reference".
 
@@ -59,6 +64,9 @@ def ttt_memory(
       NotImplementedError: a named backend that cannot serve, with the reason; it is never replaced by another.
     """
     _check(q, k, v, lr, momentum, init, state, chunk_size, valid, reset)
+    if read_out not in READ_OUTS:
+        raise ValueError(f"ttt_memory: read_out={read_out!r} is not one of {READ_OUTS}")
+    difference = read_out == "difference"
     serving = backends.serving("ttt_memory", implementation, q, pallas_tpu.why_not(q.dtype))
     aligned = state is None
     dtype = jnp.promote_types(q.dtype, jnp.float32)
@@ -67,13 +75,14 @@ def ttt_memory(
     if implementation == "reference":
         valid = jnp.ones(q.shape[:2], bool) if valid is None else valid
         reset = jnp.zeros(q.shape[:2], bool) if reset is None else reset
-        return reference.ttt_memory(q, k, v, lr, momentum, init, state, chunk_size=chunk_size, valid=valid, reset=reset)
+        sizes = dict(chunk_size=chunk_size, difference=difference)
+        return reference.ttt_memory(q, k, v, lr, momentum, init, state, valid=valid, reset=reset, **sizes)
     found = {name: _triton() if name == "triton" else {"xla": _xla, "pallas": _pallas}[name] for name in serving}
-    functions = {name: functools.partial(function, chunk_size, aligned) for name, function in found.items()}
+    functions = {name: functools.partial(function, chunk_size, aligned, difference) for name, function in found.items()}
     return backends.run(implementation, functions, (q, k, v, lr, momentum), init, state, valid, reset)
 
 
-_differentiable = functools.partial(backends.with_gradient, fixed=2, constants=2)
+_differentiable = functools.partial(backends.with_gradient, fixed=3, constants=2)
 _xla = _differentiable(xla.forward, xla.backward)
 _pallas = _differentiable(
     pallas_tpu.forward, pallas_tpu.backward, value=functools.partial(pallas_tpu.forward, save=False)

@@ -70,11 +70,11 @@ def why_not(dtype) -> str | None:
     return f"the TPU kernels take float32 and bfloat16, and q is {jnp.dtype(dtype).name}"
 
 
-def forward(chunk_size, aligned, tokens, init, state, valid, reset, *, tiles=None, save=True):
+def forward(chunk_size, aligned, difference, tokens, init, state, valid, reset, *, tiles=None, save=True):
     """Returns (out [B, L, N, D], state) and what `backward` needs; arguments as in `xla.forward`.
 
     Args:
-      chunk_size, aligned, tokens, init, state, valid, reset: as in `xla.forward`.
+      chunk_size, aligned, difference, tokens, init, state, valid, reset: as in `xla.forward`.
       tiles: sizes of blocks; None means `choose_tiles`.
       save: whether `backward` will be called; without, the residuals are None.
     """
@@ -91,14 +91,14 @@ def forward(chunk_size, aligned, tokens, init, state, valid, reset, *, tiles=Non
     ]
     arrays += [tpu_layout.to_fast(layout, x) for x in (init, state.weights, state.velocity, state.pending)]
 
-    out, *fast = _call_forward(layout, save, work, arrays)
+    out, *fast = _call_forward(layout, difference, save, work, arrays)
     saved, (weights, velocity, pending) = fast[:-3], (tpu_layout.from_fast(x, init.gate.shape) for x in fast[-3:])
     out = tpu_layout.from_blocks(layout, out, q.shape, valid)
     result = out, MemoryState(weights, velocity, pending, momentum_sum, plan.count)
     return result, (tokens, init, valid, reset, state.momentum_sum, state.count, saved) if save else None
 
 
-def backward(chunk_size, aligned, residuals, cotangents, *, tiles=None):
+def backward(chunk_size, aligned, difference, residuals, cotangents, *, tiles=None):
     """Returns the cotangents of (tokens, init, state) from those of (out, state)."""
     tokens, init, valid, reset, momentum_sum, count, saved = residuals
     d_out, d_state = cotangents
@@ -116,7 +116,8 @@ def backward(chunk_size, aligned, residuals, cotangents, *, tiles=None):
     ]
     arrays += [tpu_layout.to_fast(layout, init), *saved, *(tpu_layout.to_fast(layout, x) for x in d_state[:3])]
 
-    *d_tokens, d_rates, d_means, d_weights, d_velocity, d_pending, d_init = _call_backward(layout, work, arrays)
+    found = _call_backward(layout, difference, work, arrays)
+    *d_tokens, d_rates, d_means, d_weights, d_velocity, d_pending, d_init = found
     d_q, d_k, d_v = (tpu_layout.from_blocks(layout, x, q.shape, valid) for x in d_tokens)
     d_lr = tpu_layout.from_rates(layout, plan, d_rates, lr)
     d_means = jnp.where(plan.update[..., None], tpu_layout.from_lanes(layout, d_means, q.shape[2]), 0)
@@ -142,7 +143,7 @@ def _prepare(chunk_size, aligned, q, init, valid, reset, count, most, vmem_bytes
 # The kernels.
 
 
-def _forward_kernel(layout, save, words, slots, total, *refs):
+def _forward_kernel(layout, difference, save, words, slots, total, *refs):
     """One visit: reads with the weights in scratch, adds to the pending gradient, and ends the chunk where told."""
     del slots, total
     q, k, v, rates, mu, init, *start = refs[:9]
@@ -178,6 +179,8 @@ def _forward_kernel(layout, save, words, slots, total, *refs):
     @pl.when(has(visits.ACTIVE))
     def _():
         read = tpu_block.read(cast[0], q[0, 0])
+        if difference:
+            read -= tpu_block.read(first[...].astype(cast.dtype), q[0, 0])
         if layout.phases == 1:
             out[0, 0] = read.astype(out.dtype)
         else:
@@ -200,7 +203,7 @@ def _forward_kernel(layout, save, words, slots, total, *refs):
             tpu_block.unpack(layout, ref, scratch[...])
 
 
-def _backward_kernel(layout, words, slots, total, *refs):
+def _backward_kernel(layout, difference, words, slots, total, *refs):
     """One visit in reverse: cotangents of what follows are in scratch."""
     del slots
     q, k, v, d_out, rates, mu, init, weights, velocity, *d_end = refs[:12]
@@ -257,6 +260,10 @@ def _backward_kernel(layout, words, slots, total, *refs):
             d_read = jnp.where(tpu_block.phase_column(layout, rates[0, 0, 0], word), d_read, jnp.zeros_like(d_read))
         part, d_w = tpu_block.read_backward(cast[0], q[0, 0], d_read)
         d_weights[...] += d_w
+        if difference:
+            part_first, d_w = tpu_block.read_backward(first[...].astype(cast.dtype), q[0, 0], -d_read)
+            d_first[...] += d_w
+            part += part_first
         d_q[0, 0] += part.astype(d_q.dtype)
         parts, d_w = tpu_block.gradient_backward(layout, cast[1], cast[2], k[0, 0], v[0, 0], lr)
         d_normalised[...] += d_w
@@ -293,25 +300,26 @@ def _has(word, bit):
 # How the kernels are called.
 
 
-def _call_forward(layout, save, work, arrays):
+def _call_forward(layout, difference, save, work, arrays):
     token, rate, lane, fast, slot = _specs(layout, lambda step, total: step)
     batch, saved = arrays[0].shape[0], 2 if save else 0
     shapes = [jax.ShapeDtypeStruct(arrays[0].shape, arrays[0].dtype)]
     shapes += [_fast_shape(layout, batch, layout.slots)] * saved + [_fast_shape(layout, batch, 1)] * 3
     return _call(
-        functools.partial(_forward_kernel, layout, save), "ttt_memory_forward", layout, work, arrays, shapes,
+        functools.partial(_forward_kernel, layout, difference, save), "ttt_memory_forward", layout, work, arrays,
+        shapes,
         in_specs=[token] * 3 + [rate, lane, fast(shared=True)] + [fast()] * 3,
         out_specs=[token] + [slot] * saved + [fast()] * 3,
         scratch=(4, 2),
     )  # fmt: skip
 
 
-def _call_backward(layout, work, arrays):
+def _call_backward(layout, difference, work, arrays):
     token, rate, lane, fast, slot = _specs(layout, lambda step, total: total[0] - 1 - step)
     shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (*arrays[:3], *arrays[4:6])]
     shapes += [_fast_shape(layout, arrays[0].shape[0], 1)] * 4
     return _call(
-        functools.partial(_backward_kernel, layout), "ttt_memory_backward", layout, work, arrays, shapes,
+        functools.partial(_backward_kernel, layout, difference), "ttt_memory_backward", layout, work, arrays, shapes,
         in_specs=[token] * 4 + [rate, lane, fast(shared=True)] + [slot] * 2 + [fast()] * 3,
         out_specs=[token] * 3 + [rate, lane] + [fast()] * 4,
         scratch=(7, 3),

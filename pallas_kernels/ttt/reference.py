@@ -34,7 +34,9 @@ def renormalise(weights: FastWeights, init: FastWeights) -> FastWeights:
     return jax.tree.map(lambda w, w0: w * (_row_norm(w0) / _row_norm(w)), weights, init)
 
 
-def ttt_memory(q, k, v, lr, momentum, init, state, *, chunk_size, valid, reset) -> tuple[jax.Array, MemoryState]:
+def ttt_memory(
+    q, k, v, lr, momentum, init, state, *, chunk_size, valid, reset, difference=False
+) -> tuple[jax.Array, MemoryState]:
     """See `pallas_kernels.ttt_memory`; `valid` and `reset` are arrays here. Float64 inputs are computed in float64."""
     dtype = jnp.promote_types(q.dtype, jnp.float32)
     tokens = (*(x.astype(dtype) for x in (q, k, v, lr, momentum)), valid, reset)
@@ -45,7 +47,8 @@ def ttt_memory(q, k, v, lr, momentum, init, state, *, chunk_size, valid, reset) 
     def step(state, token):
         q, k, v, lr, momentum, valid, reset = token
         state = _select(reset, fresh, state)
-        out = jnp.where(valid[:, None, None], apply(state.weights, q), 0)
+        out = apply(state.weights, q) - apply(fresh.weights, q) if difference else apply(state.weights, q)
+        out = jnp.where(valid[:, None, None], out, 0)
         return _select(valid, _write(state, init, k, v, lr, momentum, chunk_size), state), out
 
     state, out = jax.lax.scan(step, state, tokens)

@@ -62,14 +62,14 @@ def choose_tiles(dim: int, dtype) -> Tiles:
     return Tiles(*triton_call.choose(H100, dim, dtype))
 
 
-def forward(chunk_size, aligned, tokens, *arrays):
+def forward(chunk_size, aligned, difference, tokens, *arrays):
     """Returns (out [B, L, N, D], state) and what `backward` needs; arguments as in `xla.forward`."""
-    return xla.forward(chunk_size, aligned, tokens, *arrays, kernels=_kernels(tokens[0]))
+    return xla.forward(chunk_size, aligned, difference, tokens, *arrays, kernels=_kernels(tokens[0]))
 
 
-def backward(chunk_size, aligned, residuals, cotangents):
+def backward(chunk_size, aligned, difference, residuals, cotangents):
     """Returns the cotangents of (tokens, init, state) from those of (out, state)."""
-    return xla.backward(chunk_size, aligned, residuals, cotangents, kernels=_kernels(residuals[0][0]))
+    return xla.backward(chunk_size, aligned, difference, residuals, cotangents, kernels=_kernels(residuals[0][0]))
 
 
 def _kernels(q) -> xla.Kernels:
@@ -79,12 +79,12 @@ def _kernels(q) -> xla.Kernels:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def read_tokens(tiles: Tiles, w: FastWeights, q: jax.Array) -> jax.Array:
-    """Returns f(W, q) [B, N, T, D] in q's dtype, for float32 weights [B, N, ...]."""
+    """Returns f(W, q) [B, N, T, D], float32, for float32 weights [B, N, ...]."""
     tile = tiles.read
     query, weights = _flat(q), _stack(tile, w, q.dtype)
     grid = (query.shape[0], triton.cdiv(query.shape[1], tile.rows))
     (out,) = triton_call.call(
-        _read_kernel, weights, query, out=[jax.ShapeDtypeStruct(query.shape, q.dtype)], grid=grid, tile=tile,
+        _read_kernel, weights, query, out=[jax.ShapeDtypeStruct(query.shape, jnp.float32)], grid=grid, tile=tile,
         **_constants(tile, query, weights),
     )  # fmt: skip
     return _unflat(out, q)
@@ -93,13 +93,14 @@ def read_tokens(tiles: Tiles, w: FastWeights, q: jax.Array) -> jax.Array:
 def _read_backward(tiles, residuals, d_out):
     w, q = residuals
     tile = tiles.read_gradient
-    query, d_o, weights = _flat(q), _flat(d_out), _stack(tile, w, q.dtype)
+    query, wide, weights = _flat(q), _flat(d_out), _stack(tile, w, q.dtype)
+    d_o = wide.astype(q.dtype)
     grid, span = _splits(tile, query, weights)
     d_q, d_w = triton_call.call(
         _read_gradient_kernel, weights, query, d_o, out=[_parts_of(query, grid[1]), _parts_of(weights, grid[2])],
         grid=grid, tile=tile, SPAN=span, **_constants(tile, query, weights),
     )  # fmt: skip
-    d_q = d_o.astype(jnp.float32) + d_q.sum(0)
+    d_q = wide + d_q.sum(0)
     return _unstack(d_w.sum(0), w), _unflat(d_q.astype(q.dtype), q)
 
 

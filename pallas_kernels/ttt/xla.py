@@ -65,19 +65,21 @@ class Plan(NamedTuple):
 
 
 class Phases(NamedTuple):
-    """Static: which phases and events can occur at all."""
+    """Static: which phases and events can occur at all, and whether f(init, q) is taken from what is read."""
 
+    difference: bool
     tail: bool
     resets: bool
     later: bool
 
 
-def forward(chunk_size, aligned, tokens, init, state, valid, reset, *, kernels: Kernels | None = None):
+def forward(chunk_size, aligned, difference, tokens, init, state, valid, reset, *, kernels: Kernels | None = None):
     """Returns (out [B, L, N, D], state) and what `backward` needs.
 
     Args:
       chunk_size: tokens per update.
       aligned: static promise that every row starts at a chunk's first token (valid may be None or not).
+      difference: static, whether f(init, q) is taken from what is read.
       tokens: (q, k, v, lr, momentum) as in `pallas_kernels.ttt_memory`.
       init: FastWeights without B.
       state: MemoryState whose float leaves have the accumulation dtype.
@@ -86,7 +88,7 @@ def forward(chunk_size, aligned, tokens, init, state, valid, reset, *, kernels: 
     """
     kernels = kernels or Kernels(_read, _gradient)
     size = min(chunk_size, tokens[0].shape[1])
-    phases = _phases(size, aligned, valid, reset)
+    phases = _phases(size, aligned, difference, valid, reset)
     blocks, marks = _split(tokens, valid, reset, size)
 
     def step(carry, block):
@@ -101,14 +103,14 @@ def forward(chunk_size, aligned, tokens, init, state, valid, reset, *, kernels: 
     return (out, MemoryState(*floats, count)), (tokens, init, valid, reset, starts, counts)
 
 
-def backward(chunk_size, aligned, residuals, cotangents, *, kernels: Kernels | None = None):
+def backward(chunk_size, aligned, difference, residuals, cotangents, *, kernels: Kernels | None = None):
     """Returns the cotangents of (tokens, init, state) from those of (out, state)."""
     kernels = kernels or Kernels(_read, _gradient)
     tokens, init, valid, reset, starts, counts = residuals
     d_out, d_state = cotangents
     length = tokens[0].shape[1]
     size = min(chunk_size, length)
-    phases = _phases(size, aligned, valid, reset)
+    phases = _phases(size, aligned, difference, valid, reset)
     blocks, marks = _split(tokens, valid, reset, size)
 
     def step(carry, block):
@@ -128,9 +130,10 @@ def backward(chunk_size, aligned, residuals, cotangents, *, kernels: Kernels | N
     return d_tokens, d_init, MemoryState(*d_floats, no_cotangent)
 
 
-def _phases(size, aligned, valid, reset) -> Phases:
+def _phases(size, aligned, difference, valid, reset) -> Phases:
     crosses = not aligned or valid is not None or reset is not None
-    return Phases(tail=crosses and size > 1, resets=reset is not None, later=reset is not None and size > 1)
+    resets = reset is not None
+    return Phases(difference, tail=crosses and size > 1, resets=resets, later=resets and size > 1)
 
 
 def _plan(valid, reset, count, chunk_size) -> tuple[Plan, jax.Array]:
@@ -170,6 +173,9 @@ def _block(kernels, phases, chunk_size, plan, floats, tokens, init) -> tuple[jax
     if phases.later:
         more, floats = _piece_if_any(kernels, floats, init, tokens, plan.later, plan.last)
         out += more
+    if phases.difference:  # the same products as above, so that it is zero where nothing was written
+        blank = kernels.read(fresh.weights, tokens.q).astype(out.dtype)
+        out -= jnp.where((plan.head | plan.tail | plan.later)[:, None, :, None], blank, 0)
     return out.astype(tokens.q.dtype), floats
 
 

@@ -1,0 +1,126 @@
+"""The start from attention: what it is made of, that it is an induction head, and that its rates are fitted."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import pallas_kernels
+from allmem_jax import config as config_lib
+from allmem_jax import functional, model, start
+
+pytestmark = pytest.mark.core
+SAME = config_lib.ModelConfig(
+    vocab_size=61, d_model=48, n_layers=2, n_heads=6, n_kv_heads=3, head_dim=16, d_ff=40, window=32, sinks=2, chunk=16,
+    d_mem=16, read_out="difference",
+)  # fmt: skip
+SHAPES = {
+    "same": SAME,
+    "qwen3": SAME.replace(head_dim=32, qk_norm=True),  # memory heads are narrower
+    "qwen2": SAME.replace(n_kv_heads=2, n_mem=4, qkv_bias=True),  # and more
+    "gemma": SAME.replace(n_heads=4, n_kv_heads=1, n_mem=4, head_dim=32, qk_norm=True, norm_offset=1.0),
+    "many": SAME.replace(n_kv_heads=6, n_mem=3),  # fewer
+    "wide": SAME.replace(head_dim=8, n_mem=8),  # wider, and more than there are query heads
+}
+TOKENS = np.random.default_rng(0).integers(0, SAME.vocab_size, 2 * start.WARM_UP + 40)
+
+
+def random_like(shapes):
+    rng = np.random.default_rng(0)
+    return jax.tree.map(lambda leaf: rng.normal(0, leaf.shape[-1] ** -0.5, leaf.shape).astype("f"), shapes)
+
+
+def shapes(config):
+    """(backbone, memory) of the config's model."""
+    return model.split_params(jax.eval_shape(lambda: model.init_params(config)))
+
+
+def relative(a, b):
+    return np.linalg.norm(np.asarray(a) - np.asarray(b)) / np.linalg.norm(b)
+
+
+def one_layer(config, inputs):
+    """Layer 0's fresh memory, its attention, and the started memory."""
+    both = (tree["layers"] for tree in map(random_like, shapes(config)))
+    attention, fresh = (
+        jax.tree.map(lambda leaf: leaf[0], tree) for tree in (next(both)["attention"], next(both)["memory"])
+    )
+    return fresh, attention, start.induction_head(config, fresh, attention, inputs)
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_every_shape_of_attention_gives_a_memory(name):
+    config = SHAPES[name]
+    backbone, like = shapes(config)
+    memory = start.from_attention(config, random_like(backbone), TOKENS)
+    assert jax.tree.map(jnp.shape, memory) == jax.tree.map(jnp.shape, like)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(memory))
+    assert not np.any(memory["layers"]["memory"]["alpha"])  # so that the model is still that of windowed attention
+
+
+def test_values_and_outputs_are_those_of_the_attention():
+    """Exactly where the sizes agree: what all query heads of a key head make of its values."""
+    _, attention, memory = one_layer(SAME, np.random.default_rng(1).normal(size=(64, SAME.d_model)).astype("f"))
+    assert np.array_equal(memory["v_proj"]["kernel"], attention["v_proj"]["kernel"])
+    out = attention["o_proj"]["kernel"].reshape(3, 2, 16, -1).sum(1).reshape(48, -1)
+    assert relative(memory["out_proj"]["kernel"], out) < 1e-6
+
+
+@pytest.mark.parametrize("name", ["qwen3", "gemma"])
+def test_narrower_values_keep_what_matters_most(name):
+    """No other projection of so few channels comes nearer to what the attention makes of the layer's inputs."""
+    config, rng = SHAPES[name], np.random.default_rng(1)
+    inputs = (rng.normal(size=(256, 48)) * np.geomspace(1, 0.01, 48)).astype("f")
+    _, attention, memory = one_layer(config, inputs)
+    group = config.n_heads // config.memory_heads
+    values = np.repeat(attention["v_proj"]["kernel"].reshape(48, config.n_kv_heads, 32), 4 if name == "gemma" else 1, 1)
+    outputs = attention["o_proj"]["kernel"].reshape(config.memory_heads, group, 32, 48).sum(1)
+    for head in range(config.memory_heads):
+        own = slice(16 * head, 16 * head + 16)
+        wanted = inputs @ values[:, head] @ outputs[head]
+        got = inputs @ memory["v_proj"]["kernel"][:, own] @ memory["out_proj"]["kernel"][own]
+        best = np.sqrt(np.sum(np.linalg.svd(wanted, compute_uv=False)[16:] ** 2))
+        assert np.linalg.norm(got - wanted) < 1.02 * best + 1e-4 * np.linalg.norm(wanted)
+
+
+def test_it_reads_what_followed():
+    """Of words in random order, each that is read again returns the value of the one that came after it."""
+    config = SAME.replace(d_model=96, n_heads=2, n_kv_heads=1, head_dim=64, d_mem=64, chunk=8)
+    rng = np.random.default_rng(2)
+    words = (rng.normal(size=(8, 96)) + 2 * rng.normal(size=96)).astype("f")  # with a common direction
+    _, _, memory = one_layer(config, words)
+    again = rng.permutation(7)
+    inputs = jnp.asarray(np.concatenate([words, words[again]]))[None]
+
+    def part(name):
+        x = functional.linear(inputs, memory[f"{name}_proj"]["kernel"])
+        return functional.causal_conv(x, memory[f"{name}_conv"]["kernel"], None)[:, :, None]
+
+    q, k, v = functional.l2_normalise(part("q")), functional.l2_normalise(part("k")), part("v")
+    init = pallas_kernels.FastWeights(memory["fast_gate"], memory["fast_up"], memory["fast_down"])
+    rates = jnp.full((1, 15, 1, 3), 0.05), jnp.full((1, 15, 1), 0.5)
+    out, _ = pallas_kernels.ttt_memory(q, k, v, *rates, init, chunk_size=8, read_out="difference")
+    read, stored = np.asarray(out)[0, 8:, 0], np.asarray(v)[0, :8, 0]
+    closest = np.argmax(read @ (stored / np.linalg.norm(stored, axis=1, keepdims=True)).T, axis=1)
+    assert np.mean(closest == again + 1) > 0.8  # 1/8 by chance
+
+
+def test_rates_move_the_read_out_alike():
+    """A layer whose keys are alike gets a smaller rate than one whose keys are not; both move it by the same share."""
+    rng = np.random.default_rng(3)
+    rates = []
+    for spread in (1.0, 0.2):
+        inputs = (spread * rng.normal(size=(len(TOKENS), 48)) + rng.normal(size=48)).astype("f")
+        _, _, memory = one_layer(SAME, inputs)
+        memory = start.calibrate(SAME, memory, jnp.asarray(inputs))
+        bias = np.asarray(memory["lr_proj"]["bias"])
+        assert np.ptp(bias) == 0
+        rates.append(np.log1p(np.exp(bias[0])))
+    assert 1e-4 < rates[0] < 1 and 1e-4 < rates[1] < 1 and abs(np.log(rates[0] / rates[1])) > 0.05
+
+
+def test_what_cannot_start_is_told():
+    with pytest.raises(ValueError, match="mixer='delta' has no start from attention"):
+        start.from_attention(SAME.replace(mixer="delta"), {}, TOKENS)
+    with pytest.raises(ValueError, match="the text has 5 tokens; a start from attention needs 512"):
+        start.from_attention(SAME, {}, TOKENS[:5])
