@@ -60,8 +60,8 @@ def from_attention(
     attention = jax.tree.map(lambda leaf: np.asarray(leaf, np.float32), params["layers"]["attention"])
     layers = []
     for layer in range(config.n_layers):
-        own = jax.tree.map(lambda leaf: leaf[layer], (fresh, attention))  # noqa: B023 (used at once)
-        started = induction_head(config, *own, np.asarray(inputs[layer], np.float32))
+        own, heads = jax.tree.map(lambda leaf: leaf[layer], (fresh, attention))  # noqa: B023 (used at once)
+        started = induction_head(config, own, heads, np.asarray(inputs[layer], np.float32))
         layers.append(calibrate(config, started, inputs[layer]))
         if progress is not None:
             progress(1)
