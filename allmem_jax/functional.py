@@ -271,7 +271,7 @@ def remember(
     chunk: int,
     valid: jax.Array | None,
     reset: jax.Array | None,
-    read_out: str,
+    read_out: str = "full",
 ) -> tuple[jax.Array, pallas_kernels.MemoryState]:
     """The memory's read-outs [B, L, N, D] and its state afterwards; see `pallas_kernels.ttt_memory`.
 
