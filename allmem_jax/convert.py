@@ -83,6 +83,7 @@ def load_pretrained(
     if "eos_tokens" not in overrides and tokenizer is not None:
         stated = {"the config": config.eos_tokens, f"the tokenizer of {path}": ends.of_tokenizer(tokenizer)}
         config = config.replace(eos_tokens=ends.gather(stated, config.vocab_size))
+        tokenizer.stated_ends = config.eos_tokens
     return config, params, tokenizer
 
 

@@ -22,9 +22,12 @@ _MARKER = "ANSWER"
 
 
 def of_tokenizer(tokenizer: transformers.PreTrainedTokenizerBase) -> set[int]:
-    """The ids that a tokenizer tells: its end of sequence, known turn ends, and what its chat template puts there."""
+    """The ids that a tokenizer tells: its end of sequence, known turn ends, and what its chat template puts there.
+
+    That of a loaded model tells all that the model's files state, for those who have no config at hand.
+    """
     added = tokenizer.get_added_vocab()
-    ids = {added[text] for text in TURN_ENDS if text in added}
+    ids = {added[text] for text in TURN_ENDS if text in added} | set(getattr(tokenizer, "stated_ends", ()))
     if tokenizer.eos_token_id is not None:
         ids.add(tokenizer.eos_token_id)
     return ids | of_template(tokenizer, added)

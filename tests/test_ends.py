@@ -41,6 +41,7 @@ def test_the_files_ends_are_joined(folder, generation, config, files, wanted):
     edit(folder / "config.json", eos_token_id=config)
     loaded, params, tokenizer = convert.load_pretrained(folder)
     assert loaded.eos_tokens == wanted and convert.read_config(folder).eos_tokens == files
+    assert ends.of_tokenizer(tokenizer) == set(wanted)  # whoever holds the tokenizer alone
     out = folder.parent / "out"
     convert.save_pretrained(out, loaded, params, tokenizer)
     assert convert.load_pretrained(out)[0] == loaded
