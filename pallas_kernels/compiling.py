@@ -20,7 +20,9 @@ def for_one_device(name: str, function: Any, *shapes: Any) -> jax.stages.Compile
     return jax.jit(manual).lower(*shapes).compile()
 
 
-def memory(name: str, dim: int, dtype: str, length: int, chunk: int, *, masks: bool = False) -> jax.stages.Compiled:
+def memory(
+    name: str, dim: int, dtype: str, length: int, chunk: int, *, masks: bool = False, read_out: str = "full"
+) -> jax.stages.Compiled:
     """The gradient of `ttt_memory`, batch 1 and 512 channels, with or without masks of padding and of documents."""
     heads, hidden = max(512 // dim, 1), 2 * dim
     q = _array(1, length, heads, dim, dtype=jnp.dtype(dtype))
@@ -30,7 +32,9 @@ def memory(name: str, dim: int, dtype: str, length: int, chunk: int, *, masks: b
     implementation = "triton" if name == "h100" else "pallas"
 
     def loss(arguments, valid, reset):
-        out, state = ttt_memory(*arguments, chunk_size=chunk, valid=valid, reset=reset, implementation=implementation)
+        out, state = ttt_memory(
+            *arguments, chunk_size=chunk, valid=valid, reset=reset, read_out=read_out, implementation=implementation
+        )
         return sum(jnp.sum(x.astype(jnp.float32)) for x in (out, *state.weights))
 
     arguments = (q, q, q, _array(1, length, heads, 3), _array(1, length, heads), init)

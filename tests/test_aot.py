@@ -39,10 +39,12 @@ NAMES = [
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
-    "dim,chunk,masks", [(32, 512, False), (64, 2048, True), (128, 1024, False), (256, 4096, False)]
+    "dim,chunk,masks,read_out",
+    [(32, 512, False, "full"), (64, 2048, True, "full"), (128, 1024, False, "difference"), (256, 4096, False, "full")]
+    + [(256, 4096, True, "difference")],
 )
-def test_memory_compiles(name, dim, dtype, chunk, masks):
-    text = compiling.memory(name, dim, dtype, LENGTH, chunk, masks=masks).as_text()
+def test_memory_compiles(name, dim, dtype, chunk, masks, read_out):
+    text = compiling.memory(name, dim, dtype, LENGTH, chunk, masks=masks, read_out=read_out).as_text()
     calls = ("triton_kernel_call",) if name == "h100" else ("ttt_memory_forward", "ttt_memory_backward")
     assert all(call in text for call in calls)
 
