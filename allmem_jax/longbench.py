@@ -10,7 +10,6 @@ import hashlib
 import json
 import os
 import pathlib
-import shlex
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -265,15 +264,13 @@ def command(
     out: pathlib.Path | None = None,
 ) -> str:
     """What a user types to get a run's figures again, into `out` where that is given."""
-    words = ["allmem", "longbench", model_path, str(plan.folder), "--suite", plan.settings.suite, "--mixers", *mixers]
-    for name in ("window", "sinks", "chunk", "dtype"):
-        words += [f"--{name}", str(getattr(config, name))]
+    sizes = {name: getattr(config, name) for name in ("window", "sinks", "chunk", "dtype")}
     defaults = longbench_data.Settings(plan.settings.suite)
-    for name in ("tasks", "limit", "max_length", "chat", "batch"):
-        value = getattr(plan.settings, name)
-        if value != getattr(defaults, name):
-            words += [f"--{name.replace('_', '-')}", *map(str, value if name == "tasks" else [value])]
-    return shlex.join([*words, *(["--out", str(out)] if out else [])])
+    names = ("tasks", "limit", "max_length", "chat", "batch")
+    given = {name: getattr(plan.settings, name) for name in names}
+    given = {name: value for name, value in given.items() if value != getattr(defaults, name)}
+    asked = {"suite": plan.settings.suite, "mixers": tuple(mixers)} | sizes | given
+    return sections.command("longbench", model_path, plan.folder, **asked, out=out)
 
 
 def section(results: dict[str, Any], made_by: str) -> sections.Section:

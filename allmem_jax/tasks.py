@@ -11,7 +11,6 @@ import json
 import math
 import pathlib
 import re
-import shlex
 import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -95,13 +94,9 @@ def command(
     out: pathlib.Path | None = None,
 ) -> str:
     """What a user types to get a section again, into `out` where that is given, whatever the defaults become."""
-    words = ["allmem", "recall", path, *texts, *(["--questions", questions] if questions else [])]
-    words += ["--tasks", *settings.tasks, "--lengths", *settings.lengths]
-    for name in ("mixer", "window", "sinks", "chunk", "dtype"):
-        words += [f"--{name}", getattr(config, name)]
-    for name in ("samples", "seed", "batch"):
-        words += [f"--{name}", getattr(settings, name)]
-    return shlex.join(map(str, [*words, *(["--chat"] if settings.chat else []), *(["--out", out] if out else [])]))
+    mixing = {name: getattr(config, name) for name in ("mixer", "window", "sinks", "chunk", "dtype")}
+    asked = vars(settings)
+    return sections.command("recall", path, *texts, questions=questions, **asked, **mixing, out=out)
 
 
 def normalise(text: str) -> str:

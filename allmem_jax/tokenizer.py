@@ -142,11 +142,7 @@ def encode_prompt(tokenizer: transformers.PreTrainedTokenizerBase, text: str) ->
     A text that begins with the BOS token in words, as a rendered chat template may, gets no second one.
     """
     ids = tokenizer.encode(text, add_special_tokens=False)
-    bare = tokenizer.encode("a", add_special_tokens=False)
-    whole = tokenizer.encode("a")
-    before: list[int] = next(
-        (whole[:start] for start in range(len(whole)) if whole[start : start + len(bare)] == bare), []
-    )
+    before = prefix_tokens(tokenizer)
     return ids if ids[: len(before)] == before else before + ids
 
 
