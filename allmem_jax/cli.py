@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import io
 import itertools
-import os
 import pathlib
 import sys
 import warnings
@@ -619,10 +618,7 @@ def _check_folder(out: pathlib.Path) -> None:
     """Refuses a folder that cannot be written to, before anything is measured for it."""
     from allmem_jax import stores
 
-    stores.local_only(out, "out")
-    exists = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
-    if not exists.is_dir() or not os.access(exists, os.W_OK):
-        raise OSError(f"{exists} is {'not writable' if exists.is_dir() else 'a file'}: give another folder")
+    stores.check_writable(stores.local_only(out, "out"))
 
 
 def _stops(given: tuple[tuple[str, ...], ...]) -> tuple[str, ...]:
