@@ -161,6 +161,23 @@ def test_the_law(config):
             assert np.linalg.norm(a - b) <= 2e-5 * max(np.linalg.norm(a), 1.0), (name, jax.tree_util.keystr(path))
 
 
+@pytest.mark.parametrize("config", [TINY, GEMMA, BIASED], ids=["llama", "gemma", "biased"])
+def test_a_difference_that_writes_nothing_is_windowed_attention(config):
+    """Exactly, in training and when a prompt is read and answered: the control of such a memory has no adapter."""
+    control = config.replace(read_out="difference", write=False)
+    windowed = config.replace(mixer="swa")
+    params, tokens = random_params(control), random_tokens(2)
+    np.testing.assert_array_equal(forward(control, params, tokens), forward(windowed, params, tokens))
+    lengths = np.array([LENGTH, 17])
+    splits = [[12, 12, 1, 1, 1, 1, 1], [12, 1, 1, 1, 1, 1]]
+    ours, state = read_in_pieces(control, params, tokens, lengths, splits)
+    theirs, other = read_in_pieces(windowed, params, tokens, lengths, splits)
+    np.testing.assert_array_equal(ours, theirs)
+    np.testing.assert_array_equal(state.keys, other.keys)
+    writing, _ = read_in_pieces(config.replace(read_out="difference"), params, tokens, lengths, splits)
+    assert relative(writing, theirs) > 1e-3
+
+
 def test_packed_documents_equal_separate_rows():
     config = TINY
     params = random_params(config)
