@@ -10,7 +10,7 @@ import dataclasses
 import json
 import pathlib
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -36,6 +36,7 @@ ABOUT_BOOKS = ("book_questions", "short_book_questions", CLOSED_BOOK)
 KEYS, VALUES, CHAIN, DEPTHS = 4, 3, 3, 4  # names that have a word; words of a name; variables of a value; depths
 LONGEST_SHORT = 512  # a short prompt has no more tokens, however wide the window
 _CONTEXT = "<<the context>>"
+_ELSEWHERE = 2**32  # added to an example's index gives one that is never asked
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,12 +69,14 @@ class Example:
     Attributes:
       item: what was asked.
       prompt: token ids.
+      context: how many of them come before the question; 0 without a context.
       depth: where the first evidence stands, from 0 (as early as may be) to 1 (as late); None without evidence.
       distance: tokens between the end of that evidence and the question; None without evidence.
     """
 
     item: Item
     prompt: list[int]
+    context: int = 0
     depth: float | None = None
     distance: int | None = None
 
@@ -153,14 +156,18 @@ def paragraph(text: str) -> str:
     return f"\n\n{text.strip()}\n\n"
 
 
-def _needle(rng: np.random.Generator) -> Item:
-    name, word = str(rng.choice(NAMES)), str(rng.choice(WORDS))
+def _words(rng: np.random.Generator, count: int, without: Collection[str]) -> list[str]:
+    return list(rng.choice([word for word in WORDS if word not in without], count, replace=False).tolist())
+
+
+def _needle(rng: np.random.Generator, without: Collection[str]) -> Item:
+    name, (word,) = str(rng.choice(NAMES)), _words(rng, 1, without)
     return Item((paragraph(needle(name, word)),), *needle_question(name), (word,), foils=_but(word))
 
 
-def _needle_keys(rng: np.random.Generator) -> Item:
+def _needle_keys(rng: np.random.Generator, without: Collection[str]) -> Item:
     """One sentence a name; the first name is asked for."""
-    names, words = (rng.choice(choices, KEYS, replace=False).tolist() for choices in (NAMES, WORDS))
+    names, words = rng.choice(NAMES, KEYS, replace=False).tolist(), _words(rng, KEYS, without)
     told = tuple(paragraph(needle(name, word)) for name, word in zip(names, words, strict=True))
     return Item(told[:1], *needle_question(names[0]), (words[0],), decoys=told[1:], foils=_but(words[0]))
 
@@ -169,22 +176,22 @@ def _but(word: str) -> tuple[str, ...]:
     return tuple(other for other in WORDS if other != word)
 
 
-def _needle_values(rng: np.random.Generator) -> Item:
+def _needle_values(rng: np.random.Generator, without: Collection[str]) -> Item:
     """Several words of one name, all of which are asked for."""
     name = str(rng.choice(NAMES))
-    words = tuple(rng.choice(WORDS, VALUES, replace=False).tolist())
+    words = tuple(_words(rng, VALUES, without))
     told = tuple(paragraph(f"One secret word of {name} is {word}. Remember it.") for word in words)
     question = f"What are the {VALUES} secret words of {name}?"
     return Item(told, question, f"One secret word of {name} is", words, every=True)
 
 
-def _variables(rng: np.random.Generator) -> Item:
+def _variables(rng: np.random.Generator, without: Collection[str]) -> Item:
     """Two chains of variables, each with a number at its start; all variables of one number are asked for."""
     letters = [list("BDFGKLMNPRSTVZ"), list("AEIOU"), list("BDFGKLMNPRSTVZ")]
     names: list[str] = []
     while len(names) < 2 * CHAIN:
         name = "".join(str(rng.choice(choices)) for choices in letters)
-        names += [name] if name not in names else []
+        names += [name] if name not in {*names, *without} else []
     numbers = [str(number) for number in rng.choice(np.arange(10_000, 100_000), 2, replace=False)]
     ours, theirs = names[:CHAIN], names[CHAIN:]
     told, others = (
@@ -196,7 +203,8 @@ def _variables(rng: np.random.Generator) -> Item:
     return Item(told, question, opening, tuple(ours), decoys=others, foils=tuple(theirs), every=True)
 
 
-_ITEMS: dict[str, Callable[[np.random.Generator], Item]] = {
+# What a task hides and asks, drawn; none of its answers is one of those to go without.
+_ITEMS: dict[str, Callable[[np.random.Generator, Collection[str]], Item]] = {
     "needle": _needle,
     "needle_keys": _needle_keys,
     "needle_values": _needle_values,
@@ -245,13 +253,14 @@ class Prompts:
         """Tokens of the longest prompt with its answer; `length` is that of the long tasks."""
         return length if task in LONG else min(self._window, LONGEST_SHORT)
 
-    def make(self, task: str, length: int, index: int) -> Example:
+    def make(self, task: str, length: int, index: int, without: Collection[str] = ()) -> Example:
         """The example of that index.
 
         Args:
           task: one of `TASKS`.
           length: tokens of prompt and answer.
           index: from 0.
+          without: answers that nothing which is hidden may give; questions about books give what they give.
 
         Raises:
           ValueError: an unknown task, no room at that length, or no text that is long enough.
@@ -264,7 +273,7 @@ class Prompts:
         if task == "short_cloze":
             return self._cloze(self.length(task, length), rng)
         if task not in ABOUT_BOOKS:
-            item = _ITEMS[task.removeprefix("short_")](rng)
+            item = _ITEMS[task.removeprefix("short_")](rng, without)
             return self._hide(task, length, item, index, rng, self._cut(rng))
         question, (text, start, end) = self._places[index]
         if task == CLOSED_BOOK:
@@ -272,6 +281,27 @@ class Prompts:
             return Example(item, sum(self._frame(item, context=False), []))
         item = Item((text[start:end],), question.question, question.opening, question.answers)
         return self._hide(task, length, item, index, rng, self._cut_around(text, start, end))
+
+    def make_elsewhere(self, task: str, length: int, index: int) -> Example | None:
+        """The example of that index as it is asked after another document: `with_context_of` another of its task.
+
+        The other hides nothing that the answers could be taken from. About books it is the next question whose context
+        names none of them; otherwise it is drawn for the purpose.
+
+        Returns:
+          None where there is no other: in prompts within the window or without a context, and where every other
+          question about a book gives the answer away.
+        """
+        if task not in LONG:
+            return None
+        own = self.make(task, length, index)
+        if task in ABOUT_BOOKS:
+            count = len(self._places)
+            others = [self.make(task, length, (index + step) % count) for step in range(1, count)]
+            others = [other for other in others if not self._holds(other.prompt, own.item.answers)]
+        else:
+            others = [self.make(task, length, index + _ELSEWHERE, own.item.answers)]
+        return with_context_of(own, others[0], self._window, self._sinks) if others else None
 
     def _hide(
         self,
@@ -301,7 +331,8 @@ class Prompts:
         elsewhere = np.sort(rng.integers(earliest, free, len(decoys), endpoint=True)).tolist()
         places = [*zip(offsets, evidence, strict=True), *zip(elsewhere, decoys, strict=True)]
         tokens, ends = weave(cut(free, offsets[0]), places)
-        return Example(item, [*head, *tokens, *tail], float(depth), len(tokens) - ends[0])
+        context = [*head, *tokens]
+        return Example(item, [*context, *tail], len(context), float(depth), len(tokens) - ends[0])
 
     def _cut(self, rng: np.random.Generator) -> Callable[[int, int], list[int]]:
         """Cuts a stretch out of a random text."""
@@ -358,8 +389,29 @@ class Prompts:
         before, after = parts
         return self._encode(before), self._encode(after + item.opening)
 
+    def _holds(self, tokens: Sequence[int], words: Sequence[str]) -> bool:
+        """Whether any of the words stands in a text, in whatever case."""
+        text = str(self._tokenizer.decode(tokens))
+        return any(re.search(rf"\b{re.escape(word)}\b", text, re.IGNORECASE) for word in words)
+
     def _encode(self, text: str) -> list[int]:
         return list(self._tokenizer.encode(text, add_special_tokens=False, verbose=False))
+
+
+def with_context_of(example: Example, other: Example, window: int, sinks: int) -> Example:
+    """An example whose question comes after another's context: what only a memory can hold of it is foreign.
+
+    Its first `sinks` tokens and the last `window` before its question stay, so that attention sees nothing else when it
+    answers. Its own evidence, which lies between those, is gone.
+
+    Raises:
+      ValueError: the other is shorter than what is to be replaced.
+    """
+    end = max(sinks, example.context - window)
+    if len(other.prompt) < end:
+        raise ValueError(f"the other prompt has {len(other.prompt)} tokens and {end} are to be replaced")
+    prompt = [*example.prompt[:sinks], *other.prompt[sinks:end], *example.prompt[end:]]
+    return dataclasses.replace(example, prompt=prompt)
 
 
 def weave(body: Sequence[int], places: Sequence[tuple[int, Sequence[int]]]) -> tuple[list[int], list[int]]:

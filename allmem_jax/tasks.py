@@ -13,7 +13,7 @@ import pathlib
 import re
 import sys
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import tqdm
@@ -24,13 +24,14 @@ from allmem_jax import prompts as prompts_lib
 from allmem_jax import text as text_lib
 
 NAME = "recall"
+OTHER = "another document's state"  # the converted model, asked after a text that the question is not about
 PIECE = 128  # tokens of a prompt read at a time
 Z = 1.959964  # of an interval of 95 %
 # What `defaults` asks, and at how many windows.
 TASKS = ("needle", "needle_keys", "book_questions", "short_needle", "short_needle_keys", "short_book_questions",
          "short_cloze", "closed_book_questions")  # fmt: skip
 WINDOWS = (4, 8)
-FORMAT = 2  # raised when what a part holds, or how an answer is scored, changes
+FORMAT = 3  # raised when what a part holds, or how an answer is scored, changes
 
 Result = dict[str, Any]  # {"task", "length", "variant", "examples": [{"index", "prompt_tokens", ...}]}
 
@@ -78,11 +79,13 @@ def defaults(config: config_lib.ModelConfig, questions: bool) -> Settings:
 
 
 def variants(config: config_lib.ModelConfig, params: model.Params) -> tuple[model.Params, list[evals.Variant]]:
-    """The backbone, and what is asked: the original and the standard variants of a model."""
+    """The backbone, and what is asked: the original, windowed attention, and a memory after its two controls."""
     backbone, memory = model.split_params(params)
     original = evals.Variant(evals.ORIGINAL, config.replace(mixer="full"))
-    remembers = config.mixer in config_lib.MEMORY_MIXERS
-    return backbone, [original, *evals.standard_variants(config, memory if remembers else None)]
+    if config.mixer not in config_lib.MEMORY_MIXERS:
+        return backbone, [original, *evals.standard_variants(config, None)]
+    windowed, converted, write_off = evals.standard_variants(config, memory)
+    return backbone, [original, windowed, dataclasses.replace(converted, name=OTHER), write_off, converted]
 
 
 def command(
@@ -173,61 +176,69 @@ def measure(
       backbone: the parameters that all variants share.
       tokenizer: of the model.
       texts: name -> text to hide things in.
-      variants: one of them the original, with mixer "full"; window and sinks of the last decide what is far.
+      variants: one of them the original, with mixer "full"; window and sinks of the last decide what is far. One that
+        is named `OTHER` is asked after another document (`prompts.Prompts.make_elsewhere`).
       questions: about the texts, for the tasks about books.
       parts: folder in which each task's answers are kept and found again; None keeps none.
       source: what tells these parameters from others (`fingerprint`); part of what a kept answer is known by.
 
     Returns:
-      A result for each task, length and variant; the tasks that know one length have one.
+      A result for each task, length and variant; the tasks that know one length have one. `OTHER` has no examples
+      where there is no other document to ask after.
 
     Raises:
       ValueError: before anything has run, that a task does not fit its length or lacks what it needs.
     """
     config = variants[-1].config
-    asked = _examples(settings, tokenizer, texts, questions, config)
-    results = []
-    total = len(variants) * sum(map(len, asked.values()))
-    with tqdm.tqdm(total=total, desc="asking", unit="prompt", leave=False, disable=not sys.stderr.isatty()) as bar:
-        for (task, length), examples in asked.items():
-            longest, trained = max(len(example.prompt) for example in examples), config.max_length
-            if longest > trained:
-                message = f"{task}: prompts have up to {longest} tokens, and the model was trained on {trained}"
-                warnings.warn(message, stacklevel=2)
-            content = hashlib.sha256(repr(examples).encode()).hexdigest()
-            identity = {"format": FORMAT, "source": source, "examples": content, "chat": settings.chat}
-            for variant in variants:
-                head = {"task": task, "length": length, "variant": variant.name}
-                path = _part(parts, identity | head | {"config": variant.config.to_json()})
-                if path is not None and path.exists():
-                    bar.update(len(examples))
-                    results.append(json.loads(path.read_text()))
-                    continue
-                answered = _ask(settings, backbone, tokenizer, variant, task, length, examples, bar.update)
-                results.append(head | {"examples": answered})
-                if path is not None:
-                    files.write(path, json.dumps(results[-1], indent=1))
-    return results
-
-
-def _examples(
-    settings: Settings,
-    tokenizer: Any,
-    texts: Mapping[str, str],
-    questions: Sequence[prompts_lib.Question],
-    config: config_lib.ModelConfig,
-) -> dict[tuple[str, int], list[prompts_lib.Example]]:
-    """(task, length) -> examples; a task that knows one length is there once."""
     maker = prompts_lib.Prompts(
         tokenizer, texts, window=config.window, sinks=config.sinks, chat=settings.chat, seed=settings.seed,
         questions=questions,
     )  # fmt: skip
+    jobs = [
+        (task, length, variant, _elsewhere(maker, task, length, len(examples)) if variant.name == OTHER else examples)
+        for (task, length), examples in _examples(settings, maker, config.max_length).items()
+        for variant in variants
+    ]
+    results = []
+    total = sum(len(examples) for *_, examples in jobs)
+    with tqdm.tqdm(total=total, desc="asking", unit="prompt", leave=False, disable=not sys.stderr.isatty()) as bar:
+        for task, length, variant, examples in jobs:
+            head = {"task": task, "length": length, "variant": variant.name}
+            content = hashlib.sha256(repr(examples).encode()).hexdigest()
+            identity = {"format": FORMAT, "source": source, "examples": content, "chat": settings.chat}
+            path = _part(parts, identity | head | {"config": variant.config.to_json()})
+            if path is not None and path.exists():
+                bar.update(len(examples))
+                results.append(json.loads(path.read_text()))
+                continue
+            answered = _ask(settings, backbone, tokenizer, variant, task, length, examples, bar.update)
+            results.append(head | {"examples": answered})
+            if path is not None:
+                files.write(path, json.dumps(results[-1], indent=1))
+    return results
+
+
+def _examples(
+    settings: Settings, maker: prompts_lib.Prompts, trained: int
+) -> dict[tuple[str, int], list[prompts_lib.Example]]:
+    """(task, length) -> examples; a task that knows one length is there once. Warns of more than `trained` tokens."""
     asked = {}
     for task in settings.tasks:
         for length in dict.fromkeys(maker.length(task, length) for length in settings.lengths):
             count = max(1, maker.count(task, settings.samples))  # where there is none, the first one says why
             asked[task, length] = [maker.make(task, length, index) for index in range(count)]
+            longest = max(len(example.prompt) for example in asked[task, length])
+            if longest > trained:
+                message = f"{task}: prompts have up to {longest} tokens, and the model was trained on {trained}"
+                warnings.warn(message, stacklevel=3)
     return asked
+
+
+def _elsewhere(maker: prompts_lib.Prompts, task: str, length: int, count: int) -> list[prompts_lib.Example]:
+    """A task's examples, each after another document; none where one of them has no other."""
+    made = [maker.make_elsewhere(task, length, index) for index in range(count)]
+    found = [example for example in made if example is not None]
+    return found if len(found) == count else []
 
 
 def _ask(
@@ -317,7 +328,10 @@ def describe(
         f"{config.window} tokens or more before the question and is not among the sinks, except where a task's name "
         "begins with short_: there the whole prompt lies within the window. A distance is that from the first evidence "
         f"to the question. Answers are written greedily, to the same prompts by every variant, asked "
-        f"{'through the chat template' if settings.chat else 'in plain text'}. In brackets: 95 % intervals."
+        f"{'through the chat template' if settings.chat else 'in plain text'}. In brackets: 95 % intervals. "
+        f'"{OTHER}" is the converted model where all of the prompt that attention does not see at the question comes '
+        "from another prompt of the task, which gives no answer: what it has right, the memory has not given. It is "
+        "asked where something lies beyond the window."
     )
     tables = [_accuracy(results), _by_distance(results, config.window), _against_original(results)]
     plots = [plot for task in prompts_lib.LONG if (plot := _plot(results, task, config.window))]
@@ -330,21 +344,28 @@ def describe(
 
 
 def finding(results: Sequence[Result]) -> list[str]:
-    """Sentences on what was found: beyond the window whether writing helps, and within it what is lost."""
+    """Sentences on what was found: beyond the window whether the memory helps, and within it what is lost."""
     sentences = []
     far, near = (_verdicts(results, names) for names in (prompts_lib.LONG, prompts_lib.SHORT))
     if far:
-        shares = ", ".join(f"{name} {share(marks)}" for name, marks in far.items())
-        sentences.append(f"Of {_most(far)} answers that need what lies beyond the window, right are: {shares}.")
-    if {evals.CONVERTED, evals.WRITE_OFF} <= far.keys():
-        middle, low, high = paired_difference(far[evals.CONVERTED], far[evals.WRITE_OFF])
-        told = "cannot be told apart" if low <= 0 <= high else ("helps" if middle > 0 else "harms")
-        what = "The memory and its writing-off control" if low <= 0 <= high else "Writing"
-        sentences.append(f"{what} {told}: a difference of {points(middle, low, high)} points on the same prompts.")
+        sentences.append(f"Of {_most(far)} answers that need what lies beyond the window, right are: {_shares(far)}.")
+    for control, subject in ((evals.WRITE_OFF, "Writing"), (OTHER, "What was written of the document itself")):
+        if marks := _paired(results, prompts_lib.LONG, evals.CONVERTED, control):
+            middle, low, high = paired_difference(*marks)
+            told = f"{subject} {'helps' if middle > 0 else 'harms'}"
+            if low <= 0 <= high:
+                told = f"The memory and its control ({control}) cannot be told apart"
+            sentences.append(f"{told}: a difference of {points(middle, low, high)} points on the same questions.")
     if near:
-        shares = ", ".join(f"{name} {share(marks)}" for name, marks in near.items())
-        sentences.append(f"Of {_most(near)} answers to prompts within the window, right are: {shares}.")
+        sentences.append(f"Of {_most(near)} answers to prompts within the window, right are: {_shares(near)}.")
+    if marks := _paired(results, prompts_lib.SHORT, evals.CONVERTED, evals.ORIGINAL):
+        difference = points(*paired_difference(*marks))
+        sentences.append(f"There the converted model differs from the original by {difference} points.")
     return sentences
+
+
+def _shares(marks: Mapping[str, Sequence[bool]]) -> str:
+    return ", ".join(f"{name} {share(right)}" for name, right in marks.items() if right)
 
 
 def _most(marks: Mapping[str, Sequence[bool]]) -> int:
@@ -365,7 +386,7 @@ def points(middle: float, low: float, high: float) -> str:
 
 
 def _verdicts(
-    results: Sequence[Result], tasks: Sequence[str], keep: Callable[[dict[str, Any]], bool] = lambda example: True
+    results: Sequence[Result], tasks: Collection[str], keep: Callable[[dict[str, Any]], bool] = lambda example: True
 ) -> dict[str, list[bool]]:
     """Variant -> whether each answer is right, over the examples of some tasks that are to be kept."""
     marks: dict[str, list[bool]] = {}
@@ -374,6 +395,19 @@ def _verdicts(
             kept = [example["correct"] for example in result["examples"] if keep(example)]
             marks.setdefault(result["variant"], []).extend(kept)
     return marks
+
+
+def _paired(
+    results: Sequence[Result], tasks: Collection[str], ours: str, theirs: str
+) -> tuple[list[bool], list[bool]] | None:
+    """Whether the answers of two variants are right, over the examples of some tasks that both were asked."""
+    pairs: tuple[list[bool], list[bool]] = ([], [])
+    for key in dict.fromkeys((result["task"], result["length"]) for result in results):
+        marks = _verdicts([result for result in results if (result["task"], result["length"]) == key], tasks)
+        if marks.get(ours) and marks.get(theirs):
+            pairs[0].extend(marks[ours])
+            pairs[1].extend(marks[theirs])
+    return pairs if pairs[0] else None
 
 
 def _variants(results: Sequence[Result]) -> list[str]:
@@ -422,22 +456,29 @@ def _against_original(results: Sequence[Result]) -> sections.Table:
     names = [name for name in _variants(results) if name != evals.ORIGINAL]
     rows = []
     for task in dict.fromkeys(result["task"] for result in results):
-        marks = _verdicts(results, [task])
-        if evals.ORIGINAL in marks:
-            pairs = [paired_difference(marks[name], marks[evals.ORIGINAL]) for name in names]
-            rows.append((task, *(points(*pair) for pair in pairs)))
+        pairs = [_paired(results, [task], name, evals.ORIGINAL) for name in names]
+        if any(pairs):
+            rows.append((task, *(points(*paired_difference(*pair)) if pair else "-" for pair in pairs)))
     caption = "Difference from the original on the same prompts (percentage points)"
     return sections.Table(caption, ("task", *names), tuple(rows) if names else ())
 
 
 def _plot(results: Sequence[Result], task: str, window: int) -> sections.Plot | None:
-    """Accuracy over the distance, a line a variant; None for a task that was not asked."""
+    """Accuracy over the distance; None for a task that was not asked."""
     spans = _spans(results, task, window)
-    lines = {}
-    for name in _variants(results) if spans else ():
-        marks = [_verdicts(results, [task], _between(*span))[name] for span in spans]
-        middles = tuple(math.sqrt(low * high) for low, high in spans)
-        lines[name] = (middles, tuple(sum(part) / len(part) for part in marks))
+    lines = _lines({math.sqrt(low * high): _verdicts(results, [task], _between(low, high)) for low, high in spans})
     if not lines:
         return None
     return sections.Plot(task, "distance (tokens)", "share of right answers", lines, log_x=True, mark_x=float(window))
+
+
+def _lines(
+    points: Mapping[float, Mapping[str, Sequence[bool]]],
+) -> dict[str, tuple[tuple[float, ...], tuple[float, ...]]]:
+    """x -> variant -> whether each answer is right, as a line a variant through the x at which it was asked."""
+    lines = {}
+    for name in dict.fromkeys(name for marks in points.values() for name in marks):
+        asked = {x: marks[name] for x, marks in points.items() if marks.get(name)}
+        if asked:
+            lines[name] = tuple(asked), tuple(sum(right) / len(right) for right in asked.values())
+    return lines

@@ -127,6 +127,45 @@ def test_evidence_ends_a_window_before_the_question(tokenizer, task, chat):
     assert other.prompt != maker.make(task, LENGTH, 0).prompt
 
 
+@pytest.mark.parametrize("chat", [False, True])
+@pytest.mark.parametrize("task", prompts.LONG)
+def test_another_document_leaves_what_attention_sees(tokenizer, task, chat):
+    text = TEXT.replace("the whale 40 and", "the crew of 40 and")
+    other = dataclasses.replace(BOOK, anchor="the crew of 40 and the sea 1600", answers=("1600",))
+    near = dataclasses.replace(BOOK, anchor="the whale 152 and the sea 23104", answers=("23104",))  # beside the first
+    maker = prompts.Prompts(
+        tokenizer, {"ahab": text}, window=WINDOW, sinks=SINKS, chat=chat, seed=3, questions=[BOOK, near, other]
+    )
+    for index in range(maker.count(task, 4)):
+        own, foreign = maker.make(task, LENGTH, index), maker.make_elsewhere(task, LENGTH, index)
+        assert foreign == maker.make_elsewhere(task, LENGTH, index)
+        assert dataclasses.replace(foreign, prompt=own.prompt) == own
+        assert len(foreign.prompt) == len(own.prompt)
+        (question,) = places(own.prompt, tokenizer.encode(own.item.question, add_special_tokens=False)[:-1])
+        assert 0 < question - own.context <= len("\nQuestion: ")
+        assert foreign.prompt[own.context - WINDOW :] == own.prompt[own.context - WINDOW :]
+        assert foreign.prompt[:SINKS] == own.prompt[:SINKS]
+        told = tokenizer.decode(foreign.prompt[: own.context])
+        assert not any(passage in told for passage in own.item.evidence)
+        hidden = re.findall(r"secret word of \w+ is \w+|Remember: \w+ = \w+", told)
+        assert hidden or task == "book_questions"
+        assert not tasks.named(told if task == "book_questions" else " ".join(hidden), own.item.answers)
+    assert all(
+        make(tokenizer).make_elsewhere(name, LENGTH, 0) is None for name in ("short_needle", prompts.CLOSED_BOOK)
+    )
+
+
+def test_there_may_be_no_other_document(tokenizer):
+    assert make(tokenizer).make_elsewhere("book_questions", LENGTH, 0) is None
+    same = make(tokenizer, questions=[BOOK, dataclasses.replace(BOOK, question="And which sea?")])
+    assert same.make_elsewhere("book_questions", LENGTH, 0) is None
+    own, short = prompts.Example(item(["a"]), [1] * 90, 80), prompts.Example(item(["b"]), [2] * 30, 20)
+    with pytest.raises(ValueError, match="has 30 tokens and 50 are to be replaced"):
+        prompts.with_context_of(own, short, 30, 2)
+    assert prompts.with_context_of(short, own, 15, 2).prompt == [2, 2, 1, 1, 1] + [2] * 25
+    assert prompts.with_context_of(short, own, 40, 2).prompt == short.prompt
+
+
 def test_distance_follows_the_depth(tokenizer):
     examples = [make(tokenizer).make("needle", LENGTH, index) for index in range(4)]
     distances = [example.distance for example in examples]
@@ -203,8 +242,9 @@ def loaded(folder):
 def test_variants_answer_the_same_prompts_with_one_program_a_cache_size(loaded, tmp_path, monkeypatch):
     config, params, tokenizer = loaded
     backbone, variants = tasks.variants(config, params)
-    assert [v.name for v in variants] == [evals.ORIGINAL, evals.SWA, evals.CONVERTED, evals.WRITE_OFF]
-    variants = variants[:3]
+    assert [v.name for v in variants] == [evals.ORIGINAL, evals.SWA, tasks.OTHER, evals.WRITE_OFF, evals.CONVERTED]
+    assert variants[2].config == variants[4].config and variants[2].memory is variants[4].memory
+    variants = [variant for variant in variants if variant.name != evals.WRITE_OFF]
     settings = tasks.Settings(("needle", "short_needle", "short_cloze"), (LENGTH, 1000), samples=3, chat=False, batch=2)
     ask = lambda **changes: tasks.section(  # noqa: E731
         dataclasses.replace(settings, **changes), backbone, tokenizer, {"ahab": TEXT}, variants,
@@ -213,14 +253,19 @@ def test_variants_answer_the_same_prompts_with_one_program_a_cache_size(loaded, 
     for program in (generation.prefill_piece, generation.decode_step):
         program.clear_cache()
     section = ask()
-    # the original within 512 tokens and within 1024, windowed attention, and the memory
+    # the original within 512 tokens and within 1024, windowed attention, and the memory, whatever it has read
     assert generation.prefill_piece._cache_size() == generation.decode_step._cache_size() == 4
     results = section.data["results"]
     assert len(results) == 4 * len(variants) == len(list(tmp_path.iterdir()))
+    asked = {(r["task"], r["variant"]): len(r["examples"]) for r in results}
+    assert asked["needle", tasks.OTHER] == 3 and asked["short_needle", tasks.OTHER] == 0
+    assert [row[5] for row in section.tables[0].rows[2:]] == ["-", "-"]
     near = {r["variant"]: [e["output"] for e in r["examples"]] for r in results if r["task"] == "short_needle"}
     assert near[evals.ORIGINAL] == near[evals.SWA]
     for result in results:
-        assert [example["index"] for example in result["examples"]] == [0, 1, 2]
+        assert [example["index"] for example in result["examples"]] == [0, 1, 2][
+            : asked[result["task"], result["variant"]]
+        ]
         room = prompts.room(result["task"])
         assert all(example["prompt_tokens"] == result["length"] - room for example in result["examples"])
     sections.save(tmp_path / "kept" / "recall.json", section)
@@ -240,25 +285,34 @@ def test_tables_count_what_was_right():
     far, near = [150, 200, 300, 500], [None, None]
     results = [
         result("needle", 600, evals.ORIGINAL, [1, 1, 1, 0], far),
-        result("needle", 600, evals.CONVERTED, [1, 0, 0, 0], far),
+        result("needle", 600, tasks.OTHER, [0, 1, 0, 0], far),
         result("needle", 600, evals.WRITE_OFF, [0, 0, 0, 0], far),
+        result("needle", 600, evals.CONVERTED, [1, 0, 0, 0], far),
         result("short_cloze", 100, evals.ORIGINAL, [1, 1], near),
-        result("short_cloze", 100, evals.CONVERTED, [1, 0], near),
+        result("short_cloze", 100, tasks.OTHER, [], []),
         result("short_cloze", 100, evals.WRITE_OFF, [1, 1], near),
+        result("short_cloze", 100, evals.CONVERTED, [1, 0], near),
     ]
     config = tiny_config(window=100)
     section = tasks.describe(results, config, tasks.Settings(("needle", "short_cloze"), (600,)), "allmem recall")
     accuracy, by_distance, difference = section.tables
     assert accuracy.rows[0][:3] == ("needle", "592", "4")
-    assert [cell[:4] for row in accuracy.rows for cell in row[3:]] == ["0.75", "0.25", "0.00", "1.00", "0.50", "1.00"]
+    cells = ["0.75", "0.25", "0.00", "0.25", "1.00", "-", "1.00", "0.50"]
+    assert [cell[:4] for row in accuracy.rows for cell in row[3:]] == cells
+    assert accuracy.header[3:] == (evals.ORIGINAL, tasks.OTHER, evals.WRITE_OFF, evals.CONVERTED)
     assert [row[:3] for row in by_distance.rows] == [
         ("needle", "100 to 200", "1"), ("needle", "200 to 400", "2"), ("needle", "400 to 800", "1")
     ]  # fmt: skip
     assert [row[3][:4] for row in by_distance.rows] == ["1.00", "1.00", "0.00"]
-    assert [row[1].split()[0] for row in difference.rows] == ["-50.0", "-50.0"]
+    assert [[cell.split()[0] for cell in row[1:]] for row in difference.rows] == [
+        ["-50.0", "-75.0", "-50.0"], ["-", "+0.0", "-50.0"]
+    ]  # fmt: skip
     (plot,) = section.plots
     assert plot.lines[evals.CONVERTED] == (pytest.approx((141.4, 282.8, 565.7), abs=0.1), (1.0, 0.0, 0.0))
     assert "cannot be told apart" in section.text[1] and "+25.0" in section.text[1]
+    assert tasks.OTHER in section.text[2] and "+0.0 [" in section.text[2]
+    assert "Of 2 answers to prompts within the window" in section.text[3] and tasks.OTHER not in section.text[3]
+    assert "differs from the original by -50.0 [" in section.text[4]
 
 
 def tiny_config(**changes):
@@ -276,7 +330,7 @@ def test_the_command(folder, tmp_path, capsys):
     assert cli.main(["recall", str(folder), str(text), *asked]) == 0
     section = sections.load(out / "recall.json")
     assert section.tables[0].rows[0][0] == "short_needle"
-    assert section.command.endswith(f"--samples 2 --seed 0 --batch 2 --out {out}")
+    assert " --samples 2 --seed 0 --batch 2 " in section.command and section.command.endswith(f" --out {out}")
     assert section.command.startswith(f"allmem recall {folder} {text} --tasks short_needle --lengths 1600 3200")
     assert "Share of right answers" in capsys.readouterr().out
     assert cli.main(["recall", str(folder), str(text), "--tasks", "book_questions"]) == 2
@@ -374,6 +428,6 @@ def test_words_are_drawn_without_doubles():
     for index in range(50):
         rng = np.random.default_rng(index)
         for task, count in (("needle_keys", prompts.KEYS), ("needle_values", prompts.VALUES), ("variables", 2 * 3)):
-            made = prompts._ITEMS[task](rng)
+            made = prompts._ITEMS[task](rng, ())
             told = [*made.evidence, *made.decoys]
             assert len(set(told)) == len(told) == count
