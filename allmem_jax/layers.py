@@ -216,10 +216,8 @@ class Memory(nn.Module):
             chunk=c.chunk, valid=real_tokens(x, shared), reset=shared.reset, read_out=c.read_out,
         )  # fmt: skip
         self._report(lr, momentum, init, after)
-        difference = c.read_out == "difference"
-        if difference and not c.write:
-            out = jnp.zeros_like(out)  # which it is to rounding, and the norm would blow that up
-        out = RMSNorm(DIFFERENCE_EPS if difference else c.norm_eps, name="out_norm")(out)
+        norm = RMSNorm(DIFFERENCE_EPS if c.read_out == "difference" else c.norm_eps, name="out_norm")
+        out = norm(out) if c.read_out == "full" else _where_written(norm, out, c.write)
         small = nn.initializers.variance_scaling(0.01, "fan_in", "normal")
         gate = nn.sigmoid(Linear(c.memory_heads, kernel_init=small, name="gate_proj")(x).astype(jnp.float32))
         out = (out * gate[..., None]).astype(x.dtype).reshape(*x.shape[:2], -1)
@@ -259,6 +257,15 @@ class Memory(nn.Module):
                      velocity=norm(after.velocity) / start)  # fmt: skip
         for name, value in stats.items():
             self.sow("intermediates", name, value)
+
+
+def _where_written(norm: RMSNorm, out: jax.Array, write: bool) -> jax.Array:
+    """`norm` of what was read, [B, L, N, D], and zero, with no gradient, where that is zero as nothing was written.
+
+    The norm's slope there is 1 / sqrt(eps), which makes of rounding a gradient larger than all others.
+    """
+    written = jnp.any(out != 0, axis=-1, keepdims=True) & write
+    return jnp.where(written, norm(jnp.where(written, out, 1)), 0)
 
 
 def decay_init(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:

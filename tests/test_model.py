@@ -161,6 +161,22 @@ def test_the_law(config):
             assert np.linalg.norm(a - b) <= 2e-5 * max(np.linalg.norm(a), 1.0), (name, jax.tree_util.keystr(path))
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_nothing_written_gives_no_gradient(dtype):
+    """Where nothing was written the norm of the difference is at its steepest, and must not turn rounding into one."""
+    config = TINY.replace(read_out="difference", dtype=dtype, chunk=LENGTH)
+    params, tokens = random_params(config), random_tokens(2)
+
+    def total(memory, chunk):
+        changed = params | {"layers": params["layers"] | {"memory": memory}}
+        return model.AllMemLM(config.replace(chunk=chunk)).apply({"params": changed}, tokens).astype(jnp.float32).std()
+
+    gradient = jax.jit(jax.grad(total), static_argnums=1)
+    assert all(not np.any(leaf) for leaf in jax.tree.leaves(gradient(params["layers"]["memory"], LENGTH)))
+    some = jax.tree.leaves(gradient(params["layers"]["memory"], 5))
+    assert all(np.isfinite(leaf).all() for leaf in some) and max(np.abs(leaf).max() for leaf in some) < 1
+
+
 @pytest.mark.parametrize("config", [TINY, GEMMA, BIASED], ids=["llama", "gemma", "biased"])
 def test_a_difference_that_writes_nothing_is_windowed_attention(config):
     """Exactly, in training and when a prompt is read and answered: the control of such a memory has no adapter."""
