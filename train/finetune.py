@@ -31,7 +31,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from allmem_jax import config as config_lib
 from allmem_jax import convert, files, model, sharding, stores, tokenizer
 from allmem_jax import start as start_lib
-from train import checkpoint, data, distributed, errors, flops, metrics, plan, programs, steps, tiny
+from train import checkpoint, data, distributed, errors, flops, lessons, metrics, plan, programs, steps, tiny
 from train.recipe import MEMORY, FinetuneConfig
 
 T = TypeVar("T", bound=FinetuneConfig)
@@ -158,7 +158,11 @@ def read_rows(config: FinetuneConfig, pretrained: Pretrained, texts: Sequence[st
     rows: Any
     if texts:
         documents = data.load_documents(texts, pretrained.tokenizer, cache, end_of_text=config.end_of_text)
-        rows = data.Rows(documents, config.seq_length, align=align, response_only=config.response_only)
+        if config.lessons and texts == config.texts:
+            length, share = config.seq_length, config.lessons
+            rows = lessons.Lessons(documents, pretrained.tokenizer, length, share=share, seed=config.seed)
+        else:
+            rows = data.Rows(documents, config.seq_length, align=align, response_only=config.response_only)
     else:
         rows = data.Mixture(
             config.mixture, config.seq_length, pretrained.tokenizer, cache, align=align, end_of_text=config.end_of_text
@@ -306,9 +310,9 @@ def place_batch(arrays: dict[str, np.ndarray], mesh: Mesh, own: list[int], batch
 
         return jax.make_array_from_callback((batch, *local.shape[1:]), where, part)
 
-    names = ("tokens", "targets", "mask", "segment_ids") if packed else ("tokens", "targets", "mask")
-    rows = [arrays[name] for name in names]
-    return steps.Batch(*(jax.device_put(rows, where) if jax.process_count() == 1 else map(place, rows)))
+    names = ["tokens", "targets", "mask", *["segment_ids"] * packed, *["answers"] * ("answers" in arrays)]
+    rows = {name: arrays[name] for name in names}
+    return steps.Batch(**(jax.device_put(rows, where) if jax.process_count() == 1 else jax.tree.map(place, rows)))
 
 
 @contextmanager

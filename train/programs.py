@@ -50,7 +50,8 @@ def step_loss(config: FinetuneConfig) -> steps.Loss:
     """What the recipe minimises; pretraining takes every position."""
     return steps.Loss(
         positions=config.positions if config.objective == "distill" else 1.0, beyond_window=config.beyond_window,
-        inside_weight=config.inside_weight, ce_weight=config.ce_weight, block=config.loss_block,
+        inside_weight=config.inside_weight, ce_weight=config.ce_weight, answer_weight=config.answer_weight,
+        block=config.loss_block,
     )  # fmt: skip
 
 

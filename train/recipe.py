@@ -82,6 +82,11 @@ class FinetuneConfig:
     """Weight, in the loss, of positions that still see all before them, where the memory can only disturb."""
     ce_weight: float = 0.0
     """Weight of the cross-entropy on the text itself beside the KL divergence from the teacher."""
+    lessons: float = 0.0
+    """Share of the rows that are lessons: texts in which facts, pairs, variables or words are told that are asked for
+    at the end (`train/lessons.py`)."""
+    answer_weight: float = 1.0
+    """Weight, in the loss, of the mean cross-entropy on the answers of lessons, beside the mean on all other text."""
     loss_block: int = 512
     """Positions whose logits exist at a time on a device."""
 
@@ -185,10 +190,11 @@ class FinetuneConfig:
         for name in ("positions", "decay"):
             if not 0 < getattr(self, name) <= 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be above 0 and at most 1")
-        if self.learning_rate <= 0 or self.clip <= 0 or min(self.warmup, self.ce_weight, self.inside_weight) < 0:
-            raise ValueError(
-                "learning_rate and clip must be positive, warmup, ce_weight and inside_weight not negative"
-            )
+        weights = (self.warmup, self.ce_weight, self.inside_weight, self.answer_weight)
+        if self.learning_rate <= 0 or self.clip <= 0 or min(weights) < 0:
+            raise ValueError("learning_rate and clip must be positive, warmup and weights not negative")
+        if not 0 <= self.lessons <= 1 or (self.lessons and (self.packed or not self.texts)):
+            raise ValueError(f"lessons={self.lessons} must be from 0 to 1, and needs texts without pack or a mixture")
         if not 0 <= self.ema < 1 or self.profile < 0:
             raise ValueError(f"ema={self.ema} must be in [0, 1), profile={self.profile} not negative")
         if self.objective == "pretrain" and (self.ce_weight or self.inside_weight != 1 or self.beyond_window):

@@ -22,12 +22,20 @@ Metrics = dict[str, jax.Array]
 
 
 class Batch(NamedTuple):
-    """Rows of text: tokens, targets int32 [B, L]; mask bool [B, L], where a loss may be; segment_ids [B, L] or None."""
+    """Rows of text.
+
+    Attributes:
+      tokens, targets: int32 [B, L].
+      mask: bool [B, L], where a loss may be.
+      segment_ids: int32 [B, L] of packed documents, or None.
+      answers: bool [B, L], those of `mask` where the target is right whatever the teacher says, or None.
+    """
 
     tokens: jax.Array
     targets: jax.Array
     mask: jax.Array
     segment_ids: jax.Array | None = None
+    answers: jax.Array | None = None
 
 
 class TrainState(NamedTuple):
@@ -51,14 +59,15 @@ class TrainState(NamedTuple):
 class Loss:
     """What is minimised over a share of the positions.
 
-    With a teacher the mean of KL(teacher || student) + ce_weight * cross-entropy, without one the cross-entropy.
+    With a teacher the mean of KL(teacher || student) + ce_weight * cross-entropy, without one the cross-entropy; and
+    beside it, where rows have answers, answer_weight * the mean of their cross-entropy.
 
     Attributes:
       positions: share of each row's L positions, drawn at random among those allowed; 1 takes them all.
       beyond_window: allow only positions that no longer see some key.
       inside_weight: weight of positions that still see all before them, where the original needs no help and a memory
         can only disturb; those beyond weigh 1.
-      ce_weight: see above.
+      ce_weight, answer_weight: see above.
       block: positions whose logits exist at a time on a device.
     """
 
@@ -66,6 +75,7 @@ class Loss:
     beyond_window: bool = False
     inside_weight: float = 1.0
     ce_weight: float = 0.0
+    answer_weight: float = 1.0
     block: int = 512
 
 
@@ -75,13 +85,15 @@ class Drawn(NamedTuple):
     Attributes:
       at: int32 [B, P].
       use, beyond: bool [B, P], whether there is a loss, and whether some key is out of the position's sight.
-      weight: float32 [B, P], summing to 1 over the batch.
+      weight: float32 [B, P], summing to 1 over the batch, and over its answers to Loss.answer_weight.
+      answer: bool [B, P], those of `use` that are answers; None where rows have none.
     """
 
     at: jax.Array
     use: jax.Array
     beyond: jax.Array
     weight: jax.Array
+    answer: jax.Array | None = None
 
 
 def wsd_schedule(peak: float, steps: int, warmup: int, decay: float) -> Callable[[jax.Array], jax.Array]:
@@ -149,18 +161,22 @@ def offsets_in_document(batch: Batch) -> jax.Array:
     return functional.document_offsets(segments)[0]
 
 
-def choose_positions(key: jax.Array, allowed: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
+def choose_positions(
+    key: jax.Array, allowed: jax.Array, count: int, first: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array]:
     """`count` distinct positions of each row at random, allowed ones first.
 
     Args:
       key: a PRNG key.
       allowed: bool [B, L].
       count: P, static.
+      first: bool [B, L], allowed ones that come before all others.
 
     Returns:
       int32 [B, P] positions, and bool [B, P], whether each was allowed (a row may have fewer than P).
     """
-    score = jnp.where(allowed, jax.random.uniform(key, allowed.shape), -1.0)
+    score = jax.random.uniform(key, allowed.shape)
+    score = jnp.where(allowed, score if first is None else score + first, -1.0)
     best, index = jax.lax.top_k(score, count)
     return index, best >= 0
 
@@ -169,14 +185,26 @@ def draw_positions(key: jax.Array, loss: Loss, batch: Batch, window: jax.Array, 
     """The positions that a step's loss is taken at; window and sinks int32 scalars."""
     beyond = offsets_in_document(batch) >= window + sinks  # the first token that does not see all before it
     allowed = batch.mask & beyond if loss.beyond_window else batch.mask
+    answer = None if batch.answers is None else batch.answers & batch.mask
+    if answer is not None:
+        allowed |= answer
     if loss.positions == 1:
         index = jnp.broadcast_to(jnp.arange(allowed.shape[1], dtype=jnp.int32), allowed.shape)
         use = allowed
     else:
-        index, use = choose_positions(key, allowed, max(1, round(loss.positions * allowed.shape[1])))
+        index, use = choose_positions(key, allowed, max(1, round(loss.positions * allowed.shape[1])), answer)
         beyond = jnp.take_along_axis(beyond, index, axis=1)
+        answer = None if answer is None else jnp.take_along_axis(answer, index, axis=1)
     weight = use * jnp.where(beyond, 1.0, loss.inside_weight)
-    return Drawn(index, use, beyond, weight / jnp.maximum(jnp.sum(weight), 1e-9))
+    if answer is None:
+        return Drawn(index, use, beyond, _to_one(weight))
+    weight = _to_one(jnp.where(answer, 0.0, weight)) + loss.answer_weight * _to_one(answer.astype(jnp.float32))
+    return Drawn(index, use, beyond, weight, answer)
+
+
+def _to_one(weight: jax.Array) -> jax.Array:
+    """Weights that sum to 1, or to 0 where all are 0."""
+    return weight / jnp.maximum(jnp.sum(weight), 1e-9)
 
 
 def batch_loss(
@@ -226,19 +254,29 @@ def batch_loss(
         kl, ce, teacher_ce = losses.distill_losses(student, gather(teacher), head, targets, block=loss.block)
         each = kl + loss.ce_weight * ce
         values = {"kl": kl, "ce": ce, "teacher_ce": teacher_ce}
+    if drawn.answer is not None:
+        each = jnp.where(drawn.answer, values["ce"], each)
     total = jnp.sum(drawn.weight * each)
-    sums = {"loss": total}
-    sums |= {name: _share(value, drawn.use, counts["all"]) for name, value in values.items()}
+    sums, uses = {"loss": total}, _uses(drawn)
+    sums |= {name: _share(value, uses["all"], counts["all"]) for name, value in values.items()}
     main = "ce" if teacher is None else "kl"
-    for place, use in (("inside", drawn.use & ~drawn.beyond), ("beyond", drawn.use & drawn.beyond)):
-        sums[f"{main}_{place}"] = _share(values[main], use, counts[place])
+    sums |= {f"{main}_{place}": _share(values[main], uses[place], counts[place]) for place in ("inside", "beyond")}
+    if "answers" in uses:
+        ces = [name for name in values if name != "kl"]
+        sums |= {f"{name}_answers": _share(values[name], uses["answers"], counts["answers"]) for name in ces}
     return total, (sums, collected["intermediates"]["layers"].get("memory", {}))
 
 
 def count_positions(drawn: Drawn) -> Metrics:
-    """How many positions of a batch have a loss: all, inside the window, and beyond it."""
-    inside, beyond = jnp.sum(drawn.use & ~drawn.beyond), jnp.sum(drawn.use & drawn.beyond)
-    return {"all": inside + beyond, "inside": inside, "beyond": beyond}
+    """How many positions of a batch have a loss, by place; see `_uses`."""
+    return {place: jnp.sum(use) for place, use in _uses(drawn).items()}
+
+
+def _uses(drawn: Drawn) -> Metrics:
+    """bool [B, P], the positions inside the window, beyond it, and all of these; and the answers, which are others."""
+    text = drawn.use if drawn.answer is None else drawn.use & ~drawn.answer
+    places = {"all": text, "inside": text & ~drawn.beyond, "beyond": text & drawn.beyond}
+    return places if drawn.answer is None else places | {"answers": drawn.answer}
 
 
 def _share(value: jax.Array, use: jax.Array, count: jax.Array) -> jax.Array:

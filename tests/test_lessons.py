@@ -1,0 +1,139 @@
+"""Lessons: rows whose answers stand in their own text, and a loss that takes the text's word for them."""
+
+import dataclasses
+import re
+from pydoc_data import topics
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from allmem_jax import prompts
+from train import data, documents, finetune, lessons, metrics, steps, tiny
+from train.recipe import FinetuneConfig
+
+LENGTH = 1200  # bytes
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory):
+    """Real English prose: the documentation that comes with Python."""
+    folder = tmp_path_factory.mktemp("lessons")
+    for name, words in topics.topics.items():
+        (folder / f"{name}.txt").write_text(words, encoding="ascii", errors="ignore")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def read(texts, tmp_path_factory):
+    return data.load_documents((str(texts),), tiny.ByteTokenizer(), str(tmp_path_factory.mktemp("cache")))
+
+
+def make(read, share=1.0, seed=0):
+    return lessons.Lessons(read, tiny.ByteTokenizer(), LENGTH, share=share, seed=seed)
+
+
+def spans(row):
+    """(start, stop) among the targets of each answer of a row."""
+    edges = np.flatnonzero(np.diff(np.concatenate([[0], row["answers"].astype(int), [0]])))
+    return edges.reshape(-1, 2).tolist()
+
+
+def whole(row):
+    return bytes([*row["tokens"].tolist(), int(row["targets"][-1])]).decode()
+
+
+@pytest.mark.parametrize("kind", lessons.KINDS)
+def test_every_answer_stands_in_the_text_before_the_first_question(read, kind, monkeypatch):
+    monkeypatch.setattr(lessons, "KINDS", {kind: 1.0})
+    rows = make(read)
+    counts = []
+    for index in range(12):
+        row = rows[index]
+        text = whole(row)
+        first = min(
+            text.find(mark) % (len(text) + 1) for mark in ("\nQuestion:", "\n\nWhat is", "\n\nWhich", "\n\nHow")
+        )
+        found = spans(row)
+        for start, stop in found:
+            answer = text[start + 1 : stop + 1]  # targets stand one further on
+            parts = [answer] if kind == "quotes" else re.findall(r"\w+", answer.replace(" and ", " "))
+            assert parts and all(part in text[:first] for part in parts), (index, answer)
+        counts.append(len(found))
+    assert min(counts) >= 1 and max(counts) >= 3
+
+
+def test_rows_are_whole_and_depend_on_seed_and_index_alone(read):
+    rows, again, other = make(read), make(read), make(read, seed=1)
+    for index in (5, 0, 7):
+        row = rows[index]
+        for name, value in again[index].items():
+            np.testing.assert_array_equal(value, row[name])
+        np.testing.assert_array_equal(row["tokens"][1:], row["targets"][:-1])
+        assert {len(value) for value in row.values()} == {LENGTH} and row["mask"].all()
+    assert (rows[0]["tokens"] != other[0]["tokens"]).any() and rows.content_hash() != other.content_hash()
+
+
+def test_the_share_of_prose_has_no_answers(read):
+    rows = make(read, share=0.5)
+    taught = [bool(rows[index]["answers"].any()) for index in range(60)]
+    assert 15 < sum(taught) < 45
+
+
+def test_what_models_are_judged_by_is_not_learned(read):
+    rows = make(read)
+    learned = set(rows._words) | set(rows._names)
+    assert not {word.casefold() for word in learned} & {word.casefold() for word in (*prompts.WORDS, *prompts.NAMES)}
+
+
+def test_texts_without_words_are_refused():
+    document = documents.Document("numbers", np.full(5000, ord("7"), np.int32), np.ones(5000, bool))
+    with pytest.raises(ValueError, match="the texts have 0 words and 0 names"):
+        make(documents.in_memory([document]))
+    with pytest.raises(ValueError, match="no text is longer than seq_length"):
+        make(
+            documents.in_memory(
+                [dataclasses.replace(document, tokens=document.tokens[:9], response=document.response[:9])]
+            )
+        )
+
+
+@pytest.mark.parametrize("positions", [1.0, 0.25])
+def test_answers_are_always_drawn_and_weighed_by_themselves(positions):
+    rng = np.random.default_rng(0)
+    shape, window, sinks = (3, 64), jnp.int32(20), jnp.int32(2)
+    mask, answers = rng.random(shape) < 0.8, rng.random(shape) < 0.1
+    zeros = jnp.zeros(shape, jnp.int32)
+    batch = steps.Batch(zeros, zeros, jnp.asarray(mask), answers=jnp.asarray(answers))
+    loss = steps.Loss(positions=positions, inside_weight=0.5, answer_weight=3.0)
+    drawn = steps.draw_positions(jax.random.key(0), loss, batch, window, sinks)
+    for row in range(len(mask)):
+        here = np.asarray(drawn.at[row])[np.asarray(drawn.answer[row])]
+        assert sorted(here.tolist()) == np.flatnonzero(answers[row] & mask[row]).tolist()
+    weight = np.asarray(drawn.weight)
+    np.testing.assert_allclose(weight[np.asarray(drawn.answer)].sum(), 3.0, rtol=1e-6)
+    np.testing.assert_allclose(weight[~np.asarray(drawn.answer)].sum(), 1.0, rtol=1e-6)
+    counts = steps.count_positions(drawn)
+    assert counts["answers"] == (answers & mask).sum() and counts["all"] == counts["inside"] + counts["beyond"]
+
+
+def test_a_run_learns_from_lessons_and_goes_on(texts, tmp_path):
+    recipe = FinetuneConfig(
+        model="tiny", texts=(str(texts),), out=str(tmp_path / "run"), cache=str(tmp_path / "cache"), lessons=0.8,
+        answer_weight=2.0, steps=4, batch=2, seq_length=400, window=(32, 64), sinks=(2, 2), chunk=(16,), d_mem=8,
+        read_out="difference", alpha_init=0.1, warmup=1, checkpoint_every=2, export=False, tensorboard=False,
+    )  # fmt: skip
+    finetune.run(recipe)
+    lines = metrics.read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert len(lines) == 4
+    for line in lines:
+        total = line["kl_beyond"] if np.isnan(line["kl_inside"]) else line["loss"] - 2 * line["ce_answers"]
+        assert np.isfinite(total) and line["teacher_ce_answers"] > 0 and line["skipped"] == 0
+        assert (
+            min(line["kl_beyond"], line["kl_inside"]) - 1e-3
+            <= total
+            <= max(line["kl_beyond"], line["kl_inside"]) + 1e-3
+        )
+    with pytest.raises(ValueError, match="lessons=0.8 must be from 0 to 1, and needs texts without pack"):
+        dataclasses.replace(recipe, pack=True).check()
