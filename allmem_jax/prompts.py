@@ -11,7 +11,7 @@ import functools
 import json
 import pathlib
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -314,20 +314,29 @@ class Prompts:
 
         Returns:
           None where there is no other: in prompts within the window or without a context, and where every other
-          question about a book gives the answer away.
+          question about a book gives the answer away, or is about a text that is too short.
         """
         if not is_long(task):
             return None
         own, first = self.make(task, length, index), index - index % questions(task)
         if task in ABOUT_BOOKS:
-            count = len(self._places)
-            others = [self.make(task, length, (index + step) % count) for step in range(1, count)]
-            others = [other for other in others if not self._holds(other.prompt, own.item.answers)]
+            other = next(self._silent_about(own, task, length, index), None)
         else:
             sharing = [self.make(task, length, first + which).item for which in range(questions(task))]
             answers = {answer for item in sharing for answer in item.answers}
-            others = [self.make(task, length, first + _ELSEWHERE, answers)]
-        return with_context_of(own, others[0], self._window, self._sinks) if others else None
+            other = self.make(task, length, first + _ELSEWHERE, answers)
+        return with_context_of(own, other, self._window, self._sinks) if other is not None else None
+
+    def _silent_about(self, own: Example, task: str, length: int, index: int) -> Iterator[Example]:
+        """The examples about books that name no answer of the one of that index, from the next one on."""
+        for step in range(1, len(self._places)):
+            try:
+                other = self.make(task, length, (index + step) % len(self._places))
+            except ValueError:  # its text is too short
+                continue
+            text = str(self._tokenizer.decode(other.prompt))
+            if not any(re.search(rf"\b{re.escape(word)}\b", text, re.IGNORECASE) for word in own.item.answers):
+                yield other
 
     def _hide(
         self,
@@ -460,11 +469,6 @@ class Prompts:
             raise ValueError(f"the chat template writes a user's message {len(parts) - 1} times: ask in plain text")
         before, after = parts
         return self._encode(before), self._encode(after + item.opening)
-
-    def _holds(self, tokens: Sequence[int], words: Sequence[str]) -> bool:
-        """Whether any of the words stands in a text, in whatever case."""
-        text = str(self._tokenizer.decode(tokens))
-        return any(re.search(rf"\b{re.escape(word)}\b", text, re.IGNORECASE) for word in words)
 
     def _encode(self, text: str) -> list[int]:
         return list(self._tokenizer.encode(text, add_special_tokens=False, verbose=False))
