@@ -439,6 +439,7 @@ def recall(
     mixing: Options = Mixing(),
     questions: ReadPath | None = None,
     tasks: tuple[str, ...] = (),
+    pairs: tuple[int, ...] = (),
     lengths: tuple[int, ...] = (),
     samples: int = 32,
     chat: bool = False,
@@ -453,11 +454,14 @@ def recall(
 
     Example: allmem recall smollm2-allmem moby_dick.txt --lengths 512 1024 --samples 64
 
+    Example: allmem recall smollm2-allmem moby_dick.txt --pairs 1 3 8 16 32 --lengths 1000 2000 4000 8000
+
     Args:
         model: Converted folder, Hugging Face folder (safetensors) or .gguf file.
         texts: UTF-8 text files; default: Python's documentation.
         questions: JSON lines, each a question about one of the texts.
-        tasks: Names of tasks; default: those that a small model can do.
+        tasks: Names of tasks; default: those that a small model can do, unless there are pairs to ask.
+        pairs: Numbers of names with a word each that a prompt hides at once, as tasks pairs_1, pairs_3 and so on.
         lengths: Tokens of prompt and answer of the long tasks; default: several windows.
         samples: Examples of a task at a length.
         chat: Ask through the model's chat template; otherwise as a text that the answer continues.
@@ -473,6 +477,7 @@ def recall(
     named = evaluation_report.read_texts(texts)
     config, params, tokenizer = _load(model, mixing)
     backbone, variants = tasks_lib.variants(config, params)
+    tasks = (*tasks, *(f"pairs_{count}" for count in pairs))
     given = _set(dict(tasks=tasks or None, lengths=lengths or None))
     settings = dataclasses.replace(
         tasks_lib.defaults(config, bool(asked)), samples=samples, chat=chat, seed=seed, batch=batch, **given

@@ -7,10 +7,11 @@ the seed and its index alone. Lengths, distances and offsets are in tokens.
 """
 
 import dataclasses
+import functools
 import json
 import pathlib
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,9 @@ WORDS = """apple river stone garden silver bridge candle winter summer mountain 
 glass horse sugar table chair flower cloud storm island castle dragon engine mirror needle orange pepper rocket shadow
 spring temple tiger train valley violin water whale wheat wolf butter camel copper cotton desert diamond eagle fire
 gold honey iron lemon""".split()
-NAMES = "Alice Robert Maria Thomas Helen George Sarah Peter Laura Daniel Emma Walter Clara Simon Julia Oscar".split()
+NAMES = """Alice Robert Maria Thomas Helen George Sarah Peter Laura Daniel Emma Walter Clara Simon Julia Oscar Anna
+Martin Nora Felix Irene Victor Agnes Hugo Diana Edward Ruth Arthur Sophie Leonard Grace Philip Rosa Henry Martha Samuel
+Judith Louis Eva Frank Vera Stephen Lucy Albert Nina Joseph Edith Bernard""".split()
 
 # Tokens that an answer may have.
 ROOM = {"needle": 8, "needle_keys": 8, "needle_values": 32, "variables": 24, "book_questions": 16, "cloze": 6,
@@ -34,6 +37,7 @@ TASKS = (*LONG, *SHORT, CLOSED_BOOK)
 ABOUT_BOOKS = ("book_questions", "short_book_questions", CLOSED_BOOK)
 
 KEYS, VALUES, CHAIN, DEPTHS = 4, 3, 3, 4  # names that have a word; words of a name; variables of a value; depths
+QUESTIONS = 8  # asked of one context that hides as many pairs
 LONGEST_SHORT = 512  # a short prompt has no more tokens, however wide the window
 _CONTEXT = "<<the context>>"
 _ELSEWHERE = 2**32  # added to an example's index gives one that is never asked
@@ -102,9 +106,25 @@ class Question:
     answers: tuple[str, ...]
 
 
+def pairs(task: str) -> int:
+    """How many names, each with a word, a task hides at once: 8 for "pairs_8"; 0 for a task of another kind."""
+    found = re.fullmatch(r"pairs_([1-9][0-9]*)", task)
+    return int(found[1]) if found else 0
+
+
+def is_long(task: str) -> bool:
+    """Whether all that an answer needs lies before the window."""
+    return task in LONG or pairs(task) > 0
+
+
+def questions(task: str) -> int:
+    """How many examples in a row have one context, so that it need not be read for each."""
+    return min(max(1, pairs(task)), QUESTIONS)
+
+
 def room(task: str) -> int:
     """Tokens that an answer may have."""
-    return ROOM[task.removeprefix("short_")]
+    return ROOM["needle" if pairs(task) else task.removeprefix("short_")]
 
 
 def read_questions(path: pathlib.Path) -> list[Question]:
@@ -251,25 +271,29 @@ class Prompts:
 
     def length(self, task: str, length: int) -> int:
         """Tokens of the longest prompt with its answer; `length` is that of the long tasks."""
-        return length if task in LONG else min(self._window, LONGEST_SHORT)
+        return length if is_long(task) else min(self._window, LONGEST_SHORT)
 
     def make(self, task: str, length: int, index: int, without: Collection[str] = ()) -> Example:
         """The example of that index.
 
         Args:
-          task: one of `TASKS`.
-          length: tokens of prompt and answer.
-          index: from 0.
+          task: one of `TASKS`, or pairs_N with a number.
+          length: tokens of prompt and answer, at most; of pairs, a few may be missing.
+          index: from 0; `questions(task)` in a row share a context.
           without: answers that nothing which is hidden may give; questions about books give what they give.
 
         Raises:
           ValueError: an unknown task, no room at that length, or no text that is long enough.
         """
-        if task not in TASKS:
-            raise ValueError(f"tasks has {task!r}, which is not one of {', '.join(TASKS)}")
+        if task not in TASKS and not pairs(task):
+            raise ValueError(f"tasks has {task!r}, which is not one of {', '.join(TASKS)}, pairs_1, pairs_2 ...")
+        if pairs(task) > len(NAMES):
+            raise ValueError(f"{task} needs {pairs(task)} names and there are {len(NAMES)}: ask for fewer pairs")
         if task in ABOUT_BOOKS and not self._places:
             raise ValueError(f"{task} needs questions, and the texts that they are about: no anchor was found")
-        rng = np.random.Generator(np.random.Philox(key=[self._seed, index]))
+        rng = np.random.Generator(np.random.Philox(key=[self._seed, index // questions(task)]))
+        if pairs(task):
+            return self._hide_pairs(task, length, index % questions(task), rng, without)
         if task == "short_cloze":
             return self._cloze(self.length(task, length), rng)
         if task not in ABOUT_BOOKS:
@@ -290,18 +314,29 @@ class Prompts:
 
         Returns:
           None where there is no other: in prompts within the window or without a context, and where every other
-          question about a book gives the answer away.
+          question about a book gives the answer away, or is about a text that is too short.
         """
-        if task not in LONG:
+        if not is_long(task):
             return None
-        own = self.make(task, length, index)
+        own, first = self.make(task, length, index), index - index % questions(task)
         if task in ABOUT_BOOKS:
-            count = len(self._places)
-            others = [self.make(task, length, (index + step) % count) for step in range(1, count)]
-            others = [other for other in others if not self._holds(other.prompt, own.item.answers)]
+            other = next(self._silent_about(own, task, length, index), None)
         else:
-            others = [self.make(task, length, index + _ELSEWHERE, own.item.answers)]
-        return with_context_of(own, others[0], self._window, self._sinks) if others else None
+            sharing = [self.make(task, length, first + which).item for which in range(questions(task))]
+            answers = {answer for item in sharing for answer in item.answers}
+            other = self.make(task, length, first + _ELSEWHERE, answers)
+        return with_context_of(own, other, self._window, self._sinks) if other is not None else None
+
+    def _silent_about(self, own: Example, task: str, length: int, index: int) -> Iterator[Example]:
+        """The examples about books that name no answer of the one of that index, from the next one on."""
+        for step in range(1, len(self._places)):
+            try:
+                other = self.make(task, length, (index + step) % len(self._places))
+            except ValueError:  # its text is too short
+                continue
+            text = str(self._tokenizer.decode(other.prompt))
+            if not any(re.search(rf"\b{re.escape(word)}\b", text, re.IGNORECASE) for word in own.item.answers):
+                yield other
 
     def _hide(
         self,
@@ -315,16 +350,7 @@ class Prompts:
         """Puts the evidence of an item at its depth, and the rest anywhere, into what `cut(tokens, offset)` gives."""
         head, tail = self._frame(item, context=True)
         evidence, decoys = ([self._encode(passage) for passage in part] for part in (item.evidence, item.decoys))
-        taken = len(head) + len(tail) + sum(map(len, evidence + decoys)) + room(task)
-        free = self.length(task, length) - taken
-        earliest = max(0, self._sinks - len(head))
-        latest = free - (self._window if task in LONG else 0)
-        if latest < earliest:
-            within = "within" if task in SHORT else "before"
-            raise ValueError(
-                f"length={self.length(task, length)} leaves no room for {task!r} {within} a window of {self._window} "
-                f"tokens: it takes {earliest - latest} more"
-            )
+        earliest, latest, free = self._free(task, length, len(head), len(tail) + sum(map(len, evidence + decoys)))
         depth = (index % DEPTHS + rng.random()) / DEPTHS
         depths = np.append(depth, np.sort(rng.uniform(depth, 1, len(evidence) - 1)))
         offsets = [earliest + int(x) for x in np.round(depths * (latest - earliest))]
@@ -333,6 +359,61 @@ class Prompts:
         tokens, ends = weave(cut(free, offsets[0]), places)
         context = [*head, *tokens]
         return Example(item, [*context, *tail], len(context), float(depth), len(tokens) - ends[0])
+
+    def _hide_pairs(
+        self, task: str, length: int, which: int, rng: np.random.Generator, without: Collection[str]
+    ) -> Example:
+        """Spreads names and their words evenly over what lies before the window, and asks for one of them.
+
+        All of it but `which` of them is asked for is a function of `rng`.
+        """
+        count = pairs(task)
+        names, words = rng.choice(NAMES, count, replace=False).tolist(), _words(rng, count, without)
+        told = [paragraph(needle(name, word)) for name, word in zip(names, words, strict=True)]
+        asked = int(rng.permutation(count)[which])
+        decoys = (*told[:asked], *told[asked + 1 :])
+        item = Item((told[asked],), *needle_question(names[asked]), (words[asked],), decoys, foils=_but(words[asked]))
+        head, tail = self._frame(item, context=True)
+        passages = [self._encode(passage) for passage in told]
+        taken = self._longest_question + sum(map(len, passages))
+        earliest, latest, free = self._free(task, length, len(head), taken)
+        depths = (np.arange(count) + rng.random(count)) / count
+        offsets = [earliest + int(x) for x in np.round(depths * (latest - earliest))]
+        tokens, ends = weave(self._cut(rng)(free, offsets[0]), [*zip(offsets, passages, strict=True)])
+        context = [*head, *tokens]
+        return Example(item, [*context, *tail], len(context), float(depths[asked]), len(tokens) - ends[asked])
+
+    @functools.cached_property
+    def _longest_question(self) -> int:
+        """Tokens after the context, with the name that has most: room is left for any, as one context is for many."""
+        items = (Item((), *needle_question(name), ()) for name in NAMES)
+        return max(len(self._frame(item, context=True)[1]) for item in items)
+
+    def _free(self, task: str, length: int, head: int, taken: int) -> tuple[int, int, int]:
+        """Where in the text of a context something may be hidden, and how much text there is.
+
+        Args:
+          task: that hides it.
+          length: of the long tasks.
+          head: tokens before the text.
+          taken: tokens of what is hidden and of what comes after the context.
+
+        Returns:
+          The first and the last offset, and the tokens of text.
+
+        Raises:
+          ValueError: there is no such offset.
+        """
+        free = self.length(task, length) - head - taken - room(task)
+        earliest = max(0, self._sinks - head)
+        latest = free - (self._window if is_long(task) else 0)
+        if latest < earliest:
+            within = "before" if is_long(task) else "within"
+            raise ValueError(
+                f"length={self.length(task, length)} leaves no room for {task!r} {within} a window of {self._window} "
+                f"tokens: it takes {earliest - latest} more"
+            )
+        return earliest, latest, free
 
     def _cut(self, rng: np.random.Generator) -> Callable[[int, int], list[int]]:
         """Cuts a stretch out of a random text."""
@@ -388,11 +469,6 @@ class Prompts:
             raise ValueError(f"the chat template writes a user's message {len(parts) - 1} times: ask in plain text")
         before, after = parts
         return self._encode(before), self._encode(after + item.opening)
-
-    def _holds(self, tokens: Sequence[int], words: Sequence[str]) -> bool:
-        """Whether any of the words stands in a text, in whatever case."""
-        text = str(self._tokenizer.decode(tokens))
-        return any(re.search(rf"\b{re.escape(word)}\b", text, re.IGNORECASE) for word in words)
 
     def _encode(self, text: str) -> list[int]:
         return list(self._tokenizer.encode(text, add_special_tokens=False, verbose=False))

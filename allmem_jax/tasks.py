@@ -26,6 +26,7 @@ from allmem_jax import text as text_lib
 NAME = "recall"
 OTHER = "another document's state"  # the converted model, asked after a text that the question is not about
 PIECE = 128  # tokens of a prompt read at a time
+SHORT_PIECE = 32  # of a question, where a context is read before its questions
 Z = 1.959964  # of an interval of 95 %
 # What `defaults` asks, and at how many windows.
 TASKS = ("needle", "needle_keys", "book_questions", "short_needle", "short_needle_keys", "short_book_questions",
@@ -41,9 +42,10 @@ class Settings:
     """What is asked, and how often.
 
     Attributes:
-      tasks: of `prompts.TASKS`.
+      tasks: of `prompts.TASKS`, and pairs_N: N names with a word each, held at once.
       lengths: tokens of prompt and answer of the long tasks.
-      samples: examples of a task at a length; there are no more about books than questions.
+      samples: examples of a task at a length; there are no more about books than questions. Of pairs, up to
+        `prompts.QUESTIONS` ask the same context, so that many cost little more than one.
       chat: ask through the chat template.
       seed: of the examples.
       batch: prompts run together; it changes no answer.
@@ -211,7 +213,9 @@ def measure(
                 bar.update(len(examples))
                 results.append(json.loads(path.read_text()))
                 continue
-            answered = _ask(settings, backbone, tokenizer, variant, task, length, examples, bar.update)
+            answered: list[dict[str, Any]] = []
+            if examples:
+                answered = _ask(settings, backbone, tokenizer, variant, task, length, examples, bar.update)
             results.append(head | {"examples": answered})
             if path is not None:
                 files.write(path, json.dumps(results[-1], indent=1))
@@ -256,34 +260,62 @@ def _ask(
     Batches have one shape, and the original's cache one size a length, so that a mixer compiles once, and the original
     once a length.
     """
-    config, room = variant.config, prompts_lib.room(task)
+    config, room, sharing = variant.config, prompts_lib.room(task), prompts_lib.questions(task)
     if config.mixer == "full":
         longest = max(len(example.prompt) for example in examples) + room
         config = generation.full_as_windowed(config, max(length, longest))
     params = model.merge_params(backbone, variant.memory) if variant.memory else backbone
     chat, stops = settings.chat and task != "short_cloze", text_lib.stop_tokens(tokenizer, config)
-    answered = []
-    for start in range(0, len(examples), settings.batch):
-        part = examples[start : start + settings.batch]
-        rows = [example.prompt for example in part]
-        rows += [rows[-1]] * (settings.batch - len(rows))
+    groups = [examples[start : start + sharing] for start in range(0, len(examples), sharing)]
+    batch = min(settings.batch, len(groups))
+    answered: list[dict[str, Any]] = []
+    for start in range(0, len(groups), batch):
+        part = groups[start : start + batch]
+        rows = [*part, *[part[-1]] * (batch - len(part))]
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", ".*the model was trained on")  # which was said once for the task
-            written = generation.generate(params, config, rows, max_tokens=room, stop_tokens=stops, piece=PIECE)
-        for index, (example, ids) in enumerate(zip(part, written, strict=False), start):
-            output = reply(task, tokenizer.decode(ids, skip_special_tokens=True), chat)
-            answered.append({
-                "index": index,
-                "prompt_tokens": len(example.prompt),
-                "depth": example.depth,
-                "distance": example.distance,
-                "question": example.item.question,
-                "answers": list(example.item.answers),
-                "output": output,
-                "correct": correct(example.item, output),
-            })  # fmt: skip
-        progress(len(part))
+            written = _write(params, config, rows, room, stops)
+        for group, answers in zip(part, written, strict=False):
+            for example, ids in zip(group, answers, strict=False):
+                output = reply(task, tokenizer.decode(ids, skip_special_tokens=True), chat)
+                answered.append({
+                    "index": len(answered),
+                    "prompt_tokens": len(example.prompt),
+                    "depth": example.depth,
+                    "distance": example.distance,
+                    "question": example.item.question,
+                    "answers": list(example.item.answers),
+                    "output": output,
+                    "correct": correct(example.item, output),
+                })  # fmt: skip
+            progress(len(group))
     return answered
+
+
+def _write(
+    params: model.Params,
+    config: config_lib.ModelConfig,
+    groups: Sequence[Sequence[prompts_lib.Example]],
+    room: int,
+    stops: Sequence[int],
+) -> list[list[list[int]]]:
+    """Group -> example -> what is written to it, up to `room` tokens; where others have more, the last one's again.
+
+    A context that a group shares is read once, and each question goes on from the state after it.
+    """
+    turns, state = max(map(len, groups)), None
+    if turns > 1:
+        contexts = [group[0].prompt[: group[0].context] for group in groups]
+        _, state = generation.prefill(params, config, contexts, piece=PIECE)
+    written = []
+    for turn in range(turns):
+        asked = [group[min(turn, len(group) - 1)] for group in groups]
+        rows = [example.prompt if state is None else example.prompt[example.context :] for example in asked]
+        piece = PIECE if state is None else SHORT_PIECE
+        written.append(
+            generation.generate(params, config, rows, max_tokens=room, stop_tokens=stops, piece=piece, state=state)
+        )
+    return [list(answers) for answers in zip(*written, strict=True)]
 
 
 def _part(folder: pathlib.Path | None, identity: dict[str, Any]) -> pathlib.Path | None:
@@ -328,13 +360,15 @@ def describe(
         f"{config.window} tokens or more before the question and is not among the sinks, except where a task's name "
         "begins with short_: there the whole prompt lies within the window. A distance is that from the first evidence "
         f"to the question. Answers are written greedily, to the same prompts by every variant, asked "
-        f"{'through the chat template' if settings.chat else 'in plain text'}. In brackets: 95 % intervals. "
+        f"{'through the chat template' if settings.chat else 'in plain text'}. In brackets: 95 % intervals, which take "
+        f"answers as independent, also where up to {prompts_lib.QUESTIONS} pairs are asked of one context. "
         f'"{OTHER}" is the converted model where all of the prompt that attention does not see at the question comes '
         "from another prompt of the task, which gives no answer: what it has right, the memory has not given. It is "
         "asked where something lies beyond the window."
     )
     tables = [_accuracy(results), _by_distance(results, config.window), _against_original(results)]
-    plots = [plot for task in prompts_lib.LONG if (plot := _plot(results, task, config.window))]
+    plots = [*_plots_by_length(results, config.window), *_plots_by_pairs(results)]
+    plots += [plot for task in _long(results) if (plot := _plot(results, task, config.window))]
     asked = {name: list(x) if isinstance(x, tuple) else x for name, x in dataclasses.asdict(settings).items()}
     data = {"settings": asked, "window": config.window, "results": list(results)}
     return sections.Section(
@@ -346,11 +380,12 @@ def describe(
 def finding(results: Sequence[Result]) -> list[str]:
     """Sentences on what was found: beyond the window whether the memory helps, and within it what is lost."""
     sentences = []
-    far, near = (_verdicts(results, names) for names in (prompts_lib.LONG, prompts_lib.SHORT))
+    long = _long(results)
+    far, near = (_verdicts(results, names) for names in (long, prompts_lib.SHORT))
     if far:
         sentences.append(f"Of {_most(far)} answers that need what lies beyond the window, right are: {_shares(far)}.")
     for control, subject in ((evals.WRITE_OFF, "Writing"), (OTHER, "What was written of the document itself")):
-        if marks := _paired(results, prompts_lib.LONG, evals.CONVERTED, control):
+        if marks := _paired(results, long, evals.CONVERTED, control):
             middle, low, high = paired_difference(*marks)
             told = f"{subject} {'helps' if middle > 0 else 'harms'}"
             if low <= 0 <= high:
@@ -410,6 +445,10 @@ def _paired(
     return pairs if pairs[0] else None
 
 
+def _long(results: Sequence[Result]) -> list[str]:
+    return [task for task in dict.fromkeys(result["task"] for result in results) if prompts_lib.is_long(task)]
+
+
 def _variants(results: Sequence[Result]) -> list[str]:
     return list(dict.fromkeys(result["variant"] for result in results))
 
@@ -443,7 +482,7 @@ def _between(low: int, high: int) -> Callable[[dict[str, Any]], bool]:
 def _by_distance(results: Sequence[Result], window: int) -> sections.Table:
     """A row for each long task and doubling of the distance, over all lengths."""
     rows = []
-    for task in prompts_lib.LONG:
+    for task in _long(results):
         for low, high in _spans(results, task, window):
             marks = _verdicts(results, [task], _between(low, high))
             rows.append((task, f"{low} to {high}", str(_most(marks)), *(share(marks[name]) for name in marks)))
@@ -469,7 +508,39 @@ def _plot(results: Sequence[Result], task: str, window: int) -> sections.Plot | 
     lines = _lines({math.sqrt(low * high): _verdicts(results, [task], _between(low, high)) for low, high in spans})
     if not lines:
         return None
-    return sections.Plot(task, "distance (tokens)", "share of right answers", lines, log_x=True, mark_x=float(window))
+    return sections.Plot(
+        f"{task}, by distance", "distance (tokens)", "share of right answers", lines, log_x=True, mark_x=float(window)
+    )
+
+
+def _plots_by_length(results: Sequence[Result], window: int) -> list[sections.Plot]:
+    """Accuracy over the length of the prompts, one plot a long task that was asked at several."""
+    plots = []
+    for task in _long(results):
+        lengths = sorted({result["length"] for result in results if result["task"] == task})
+        points = {
+            float(length): _verdicts([result for result in results if result["length"] == length], [task])
+            for length in lengths
+        }
+        if len(lengths) > 1:
+            plots.append(sections.Plot(
+                f"{task}, by length", "prompt and answer (tokens)", "share of right answers", _lines(points),
+                log_x=True, mark_x=float(window),
+            ))  # fmt: skip
+    return plots
+
+
+def _plots_by_pairs(results: Sequence[Result]) -> list[sections.Plot]:
+    """Accuracy over the number of pairs held at once, one plot a length at which several numbers were asked."""
+    plots = []
+    tasks = sorted((task for task in _long(results) if prompts_lib.pairs(task)), key=prompts_lib.pairs)
+    for length in sorted({result["length"] for result in results if result["task"] in tasks}):
+        chosen = [result for result in results if result["length"] == length]
+        lines = _lines({float(prompts_lib.pairs(task)): _verdicts(chosen, [task]) for task in tasks})
+        if len(tasks) > 1:
+            title = f"pairs held at once, {length} tokens"
+            plots.append(sections.Plot(title, "pairs", "share of right answers", lines, log_x=True))
+    return plots
 
 
 def _lines(

@@ -128,6 +128,37 @@ def test_evidence_ends_a_window_before_the_question(tokenizer, task, chat):
 
 
 @pytest.mark.parametrize("chat", [False, True])
+@pytest.mark.parametrize(("count", "length"), [(1, LENGTH), (3, LENGTH), (12, 2000), (40, 4000)])
+def test_pairs_are_spread_before_the_window_and_share_a_context(tokenizer, count, length, chat):
+    maker, task = make(tokenizer, chat=chat), f"pairs_{count}"
+    assert prompts.pairs(task) == count and prompts.questions(task) == min(count, 8)
+    sharing = prompts.questions(task)
+    examples = [maker.make(task, length, index) for index in range(2 * sharing)]
+    contexts = [example.prompt[: example.context] for example in examples]
+    assert all(context == contexts[0] for context in contexts[:sharing])
+    assert all(context == contexts[-1] != contexts[0] for context in contexts[sharing:])
+    assert len({example.item.question for example in examples[:sharing]}) == sharing
+    for example in examples:
+        assert length - 12 <= len(example.prompt) + prompts.room(task) <= length
+        told = tokenizer.decode(example.prompt[SINKS : example.context - WINDOW])
+        passages = [*example.item.evidence, *example.item.decoys]
+        assert len(set(passages)) == count and all(told.count(passage) == 1 for passage in passages)
+        names, words = zip(*(re.search(r"of (\w+) is (\w+)", passage).groups() for passage in passages), strict=True)
+        assert len({*names}) == len({*words}) == count and example.item.answers == words[:1]
+        assert prompts.needle_question(names[0]) == (example.item.question, example.item.opening)
+        before = tokenizer.decode(example.prompt[: example.context - example.distance])
+        assert before.endswith(example.item.evidence[0])
+    foreign = [maker.make_elsewhere(task, length, index) for index in range(sharing)]
+    assert all(after.prompt[: after.context] == foreign[0].prompt[: after.context] for after in foreign)
+    told = tokenizer.decode(foreign[0].prompt[: foreign[0].context])
+    hidden = re.findall(r"secret word of \w+ is (\w+)", told)
+    assert len(hidden) >= count - 1
+    for own, after in zip(examples, foreign, strict=False):
+        assert after.prompt[after.context - WINDOW :] == own.prompt[own.context - WINDOW :]
+        assert not {*hidden} & {*own.item.answers}
+
+
+@pytest.mark.parametrize("chat", [False, True])
 @pytest.mark.parametrize("task", prompts.LONG)
 def test_another_document_leaves_what_attention_sees(tokenizer, task, chat):
     text = TEXT.replace("the whale 40 and", "the crew of 40 and")
@@ -203,6 +234,9 @@ def test_what_cannot_be_asked_is_refused(tokenizer, tmp_path):
     for task, length, message in [
         ("needle", 400, "length=400 leaves no room for 'needle' before a window of 300 tokens: it takes"),
         ("needles", 900, "'needles', which is not one of needle"),
+        ("pairs_0", 900, "'pairs_0', which is not one of needle"),
+        ("pairs_16", 900, "length=900 leaves no room for 'pairs_16' before a window of 300 tokens"),
+        ("pairs_99", 90_000, "pairs_99 needs 99 names and there are 48"),
         ("needle", 90_000, "give longer texts"),
         ("book_questions", 9000, "is too short for"),
     ]:
@@ -274,6 +308,64 @@ def test_variants_answer_the_same_prompts_with_one_program_a_cache_size(loaded, 
     assert ask() == section
     with pytest.raises(TypeError):
         ask(seed=1)
+
+
+@pytest.mark.slow
+def test_a_context_is_read_once_for_all_its_questions(loaded, monkeypatch):
+    config, params, tokenizer = loaded
+    backbone, variants = tasks.variants(config, params)
+    chosen = [variant for variant in variants if variant.name in (evals.ORIGINAL, tasks.OTHER, evals.CONVERTED)]
+    settings = tasks.Settings(("pairs_3",), (1000,), samples=8, batch=2)
+    read, prefill = [], generation.prefill
+    monkeypatch.setattr(
+        generation, "prefill", lambda *given, **named: read.append(given[2]) or prefill(*given, **named)
+    )
+    results = tasks.measure(settings, backbone, tokenizer, {"ahab": TEXT}, chosen)
+    maker = prompts.Prompts(tokenizer, {"ahab": TEXT}, window=config.window, sinks=config.sinks, chat=False)
+    whole, foreign = ([make("pairs_3", 1000, n) for n in range(8)] for make in (maker.make, maker.make_elsewhere))
+    contexts, others = ([e.prompt[: e.context] for e in examples[::3]] for examples in (whole, foreign))
+    assert contexts != others
+    # two contexts and the three questions of each, then a third, as often as a batch has rows, and its two
+    expected = [turn for first, second, third in (contexts, others, contexts) for turn in (
+        [first, second], *[None] * 3, [third, third], *[None] * 2
+    )]  # fmt: skip
+    assert [rows if len(rows[0]) > 200 else None for rows in read] == expected
+    converted = [example["output"] for example in results[-1]["examples"]]
+    assert [example["question"] for example in results[0]["examples"]] == [e.item.question for e in whole]
+    params = model.merge_params(backbone, chosen[-1].memory)
+    alone = generation.generate(
+        params, config, [example.prompt for example in whole], max_tokens=prompts.room("pairs_3"),
+        stop_tokens=tasks.text_lib.stop_tokens(tokenizer, config), piece=tasks.PIECE,
+    )  # fmt: skip
+    texts = [tasks.reply("pairs_3", tokenizer.decode(ids, skip_special_tokens=True), False) for ids in alone]
+    assert texts == converted
+
+
+def test_plots_by_length_and_by_pairs():
+    def result(task, length, variant, marks):
+        examples = [{"correct": bool(m), "distance": 400, "prompt_tokens": length - 8} for m in marks]
+        return {"task": task, "length": length, "variant": variant, "examples": examples}
+
+    results = [
+        result(task, length, name, [1, share, 0, 0])
+        for task in ("pairs_8", "pairs_2")
+        for length in (600, 1200)
+        for name, share in ((evals.ORIGINAL, 1), (evals.CONVERTED, length == 600))
+    ]
+    settings = tasks.Settings(("pairs_8", "pairs_2"), (600, 1200))
+    section = tasks.describe(results, tiny_config(window=100), settings, "allmem recall")
+    plots = {plot.title: plot.lines for plot in section.plots}
+    assert list(plots) == [
+        "pairs_8, by length", "pairs_2, by length", "pairs held at once, 600 tokens",
+        "pairs held at once, 1200 tokens", "pairs_8, by distance", "pairs_2, by distance",
+    ]  # fmt: skip
+    assert plots["pairs_2, by length"] == {
+        evals.ORIGINAL: ((600.0, 1200.0), (0.5, 0.5)), evals.CONVERTED: ((600.0, 1200.0), (0.5, 0.25))
+    }  # fmt: skip
+    assert plots["pairs held at once, 1200 tokens"][evals.CONVERTED] == ((2.0, 8.0), (0.25, 0.25))
+    assert [row[:2] for row in section.tables[0].rows] == [
+        ("pairs_8", "592"), ("pairs_8", "1192"), ("pairs_2", "592"), ("pairs_2", "1192")
+    ]  # fmt: skip
 
 
 def test_tables_count_what_was_right():
@@ -351,6 +443,17 @@ def test_the_recorded_command_asks_for_the_same(monkeypatch):
     assert asked["mixing"] == cli.Mixing("swa", 40, 3, 10, "bfloat16")
     assert cli.main(shlex.split(tasks.command(paths[0], (), None, settings, config))[1:]) == 0
     assert asked["texts"] == () and asked["questions"] is None and asked["out"] == pathlib.Path("out/recall")
+
+
+def test_pairs_are_tasks(folder, tmp_path, monkeypatch):
+    asked = []
+    section = sections.Section("recall", "Recall", "allmem recall", data={})
+    monkeypatch.setattr(tasks, "section", lambda settings, *_, **named: asked.append((settings, named)) or section)
+    (tmp_path / "ahab.txt").write_text(TEXT)
+    words = ["recall", str(folder), str(tmp_path / "ahab.txt"), "--out", str(tmp_path / "out"), "--pairs", "1", "12"]
+    assert cli.main(words) == 0 and cli.main([*words, "--tasks", "needle"]) == 0
+    assert [settings.tasks for settings, _ in asked] == [("pairs_1", "pairs_12"), ("needle", "pairs_1", "pairs_12")]
+    assert all(" pairs_1 pairs_12 --lengths" in named["command"] for _, named in asked)
 
 
 def test_prompts_longer_than_in_training_are_told_of_once(tokenizer, monkeypatch):
