@@ -4,8 +4,9 @@ A random memory must learn at once what to store, under which key, and how to us
 knows all three. Its key projection makes the memory's keys and queries, and a key stands one token late, so that a read
 returns what followed tokens like this one; its values are stored, and its output projection takes them back. Then, on a
 little text: the direction that all inputs of a layer share is taken out of keys and queries, or every write would land
-in one place; and each layer's learning rate is set so that what was written moves the read-out by the same share, since
-one rate may be a thousandth of the weights in one layer and all of them in another.
+in one place; each layer's learning rate is set so that what was written moves the read-out by the same share, since one
+rate may be a thousandth of the weights in one layer and all of them in another; and its alpha so that the memory adds
+the same share of what the attention gives, which grows a hundredfold from the first layer to the last.
 
 Axes:
 
@@ -24,6 +25,7 @@ import numpy as np
 import pallas_kernels
 from allmem_jax import config as config_lib
 from allmem_jax import functional, model
+from allmem_jax import layers as layers_lib
 
 MOVED = 0.3  # share of the read-out that what was written moves, in every layer
 WARM_UP = 256  # tokens before which little was written
@@ -42,7 +44,8 @@ def from_attention(
     """A memory, {"layers": {"memory": ...}}, that starts from the attention of each layer.
 
     Args:
-      config: of the converted model; its mixer is "allmem".
+      config: of the converted model; its mixer is "allmem". Its `alpha_init` is here the size of what the memory adds,
+        as a share of the attention's output: that of the root mean squares beyond `WARM_UP`, in every layer.
       params: the backbone.
       tokens: ids [T] of a text, at least twice `WARM_UP`; `LENGTH` are enough.
       seed: of the fast weights, and of everything that does not come from the attention.
@@ -56,27 +59,47 @@ def from_attention(
     if len(tokens) < 2 * WARM_UP:
         raise ValueError(f"the text has {len(tokens)} tokens; a start from attention needs {2 * WARM_UP} at least")
     fresh = model.init_memory(config, seed)["layers"]["memory"]
-    inputs = layer_inputs(config, params, jnp.asarray(tokens, jnp.int32)[None])  # [Y, T, d]
+    inputs, sizes = layer_inputs(config, params, jnp.asarray(tokens, jnp.int32)[None])  # [Y, T, d], [Y]
     attention = jax.tree.map(lambda leaf: np.asarray(leaf, np.float32), params["layers"]["attention"])
     layers = []
     for layer in range(config.n_layers):
         own, heads = jax.tree.map(lambda leaf: leaf[layer], (fresh, attention))  # noqa: B023 (used at once)
         started = induction_head(config, own, heads, np.asarray(inputs[layer], np.float32))
-        layers.append(calibrate(config, started, inputs[layer]))
+        layers.append(scaled(config, calibrate(config, started, inputs[layer]), inputs[layer], sizes[layer]))
         if progress is not None:
             progress(1)
     return {"layers": {"memory": jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)}}
 
 
 @functools.partial(jax.jit, static_argnames="config")
-def layer_inputs(config: config_lib.ModelConfig, params: model.Params, tokens: jax.Array) -> jax.Array:
-    """What the token mixer of every layer gets, [Y, T, d], of tokens [1, T] under windowed attention."""
+def layer_inputs(
+    config: config_lib.ModelConfig, params: model.Params, tokens: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """What the mixer of every layer gets of tokens [1, T] under windowed attention, [Y, T, d].
+
+    And the root mean square of what the attention makes of it beyond `WARM_UP`, float32 [Y].
+    """
     lm = model.AllMemLM(config.replace(mixer="swa"))
-    wanted = lambda module, _: module.name == "input_norm"  # noqa: E731
+    wanted = lambda module, _: module.name in ("input_norm", "attention")  # noqa: E731
     _, found = lm.apply({"params": params}, tokens, return_hidden=True, capture_intermediates=wanted,
                         mutable=["intermediates"])  # fmt: skip
-    (inputs,) = jax.tree.leaves(found["intermediates"]["layers"]["input_norm"])
-    return inputs[:, 0]
+    found = found["intermediates"]["layers"]
+    (inputs,), (out, *_) = (jax.tree.leaves(found[name]["__call__"]) for name in ("input_norm", "attention"))
+    return inputs[:, 0], _size(out)
+
+
+def _size(out: jax.Array) -> jax.Array:
+    """Root mean square beyond `WARM_UP` of [..., 1, T, d], float32 [...]."""
+    return jnp.sqrt(jnp.mean(jnp.square(out[..., WARM_UP:, :].astype(jnp.float32)), axis=(-3, -2, -1)))
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def scaled(config: config_lib.ModelConfig, memory: Any, inputs: jax.Array, size: jax.Array) -> Any:
+    """One layer's memory with the alpha at which it adds `config.alpha_init` of an attention output of that size."""
+    full = memory | {"alpha": jnp.ones_like(memory["alpha"])}
+    shared = layers_lib.Shared(rope=(inputs, inputs), local_rope=(inputs, inputs), window=None, sinks=0)  # no rope here
+    out, _ = layers_lib.Memory(config).apply({"params": full}, inputs[None], None, shared)
+    return memory | {"alpha": full["alpha"] * (config.alpha_init * size / _size(out))}
 
 
 def induction_head(config: config_lib.ModelConfig, memory: Any, attention: Any, inputs: np.ndarray) -> Any:

@@ -119,6 +119,22 @@ def test_rates_move_the_read_out_alike():
     assert 1e-4 < rates[0] < 1 and 1e-4 < rates[1] < 1 and abs(np.log(rates[0] / rates[1])) > 0.05
 
 
+@pytest.mark.parametrize("name", ["same", "gemma"])
+def test_every_layer_adds_the_same_share_of_its_attention(name):
+    config = SHAPES[name].replace(alpha_init=0.2)
+    backbone = random_like(shapes(config)[0])
+    memory = start.from_attention(config, backbone, TOKENS)
+    taken = lambda module, _: module.name in ("attention", "memory")  # noqa: E731
+    params = model.merge_params(backbone, memory)
+    _, found = model.AllMemLM(config).apply(
+        {"params": params}, TOKENS[None], capture_intermediates=taken, mutable=["intermediates"]
+    )
+    found = found["intermediates"]["layers"]
+    (out, _), (added, _) = (found[name]["__call__"][0] for name in ("attention", "memory"))
+    size = lambda x: np.sqrt(np.mean(np.square(x[0, 0, start.WARM_UP :])))  # noqa: E731
+    np.testing.assert_allclose(size(added) / size(out), 0.2, rtol=1e-4)  # the first layer's inputs are the same
+
+
 def test_what_cannot_start_is_told():
     with pytest.raises(ValueError, match="mixer='delta' has no start from attention"):
         start.from_attention(SAME.replace(mixer="delta"), {}, TOKENS)

@@ -120,7 +120,8 @@ class FinetuneConfig:
     qk_scale: Literal["l2", "rms"] | None = None
     """Norm of the memory's queries and keys: 1 (the paper) or sqrt(d_mem)."""
     alpha_init: float | None = None
-    """Start of the memory's output scale; 0 starts from plain windowed attention."""
+    """Start of the memory's output scale, and with start="attention" of its output as a share of the attention's; 0
+    starts from plain windowed attention."""
     lr_init: float | None = None
     """Start of the memory's own learning rate for an average token."""
     momentum_init: float | None = None
