@@ -73,37 +73,41 @@ Thinking = Literal["on", "off"]
 def convert(
     model: Model,
     out: Out,
-    window: int = 4096,
-    sinks: int = 128,
-    chunk: int = 2048,
+    memory: str | None = None,
+    window: int | None = None,
+    sinks: int | None = None,
+    chunk: int | None = None,
     n_mem: int | None = None,
-    d_mem: int = 64,
-    read_out: Literal["full", "difference"] = "full",
-    qk_scale: Literal["l2", "rms"] = "l2",
+    d_mem: int | None = None,
+    read_out: Literal["full", "difference"] | None = None,
+    qk_scale: Literal["l2", "rms"] | None = None,
     start: Literal["random", "attention"] = "random",
     texts: tuple[pathlib.Path, ...] = (),
     seed: int = 0,
     dtype: DType = "float32",
     overwrite: bool = False,
 ) -> None:
-    """Add a fresh memory to a pretrained model.
+    """Add a memory to a pretrained model: a fresh one, or one that was trained for it.
 
-    The memory's output scale starts at zero: until it is trained, the result equals the model with windowed attention
-    and sinks. The folder stays a valid Hugging Face model (the original), with the memory in allmem.safetensors.
+    The output scale of a fresh one starts at zero: until it is trained, the result equals the model with windowed
+    attention and sinks. The folder stays a valid Hugging Face model (the original), with the memory beside it in
+    allmem.safetensors.
 
     Example: allmem convert SmolLM2-135M-Instruct.Q4_1.gguf smollm2-allmem --window 128 --sinks 4 --chunk 64
 
     Args:
         model: Hugging Face folder (safetensors) or .gguf file; like all that is read, it may be a URL (gs://, s3://).
         out: Folder to write, or its URL.
-        window: Tokens that attention sees, the current one among them.
-        sinks: First tokens that attention always sees.
-        chunk: Tokens between two updates of the memory; more than the window leaves a blind gap.
+        memory: A trained memory: a file, or the name of one that comes with this package.
+        window: Tokens that attention sees, the current one among them. Default: 4096; as a trained memory has it.
+        sinks: First tokens that attention always sees. Default: 128; as a trained memory has it.
+        chunk: Tokens between two updates of the memory; more than the window leaves a blind gap. Default: 2048; as a
+            trained memory has it.
         n_mem: Heads of the memory. Default: the model's key-value heads, but at most 8, and 4 where it has one or two.
-        d_mem: Dimension of a head of the memory.
-        read_out: What is read of the memory: f(W, q) (full, the paper), or its difference to that of the initial
-            weights, which is silent until something was written.
-        qk_scale: Norm of the memory's queries and keys: 1 (l2, the paper) or sqrt(d_mem) (rms).
+        d_mem: Dimension of a head of the memory. Default: 64.
+        read_out: What is read of the memory: f(W, q) (full, the paper and the default), or its difference to that of
+            the initial weights, which is silent until something was written.
+        qk_scale: Norm of the memory's queries and keys: 1 (l2, the paper and the default) or sqrt(d_mem) (rms).
         start: What the memory starts from: random projections, or those of each layer's attention, with learning rates
             that are fitted to a text.
         texts: UTF-8 text files for that; default: Python's documentation.
@@ -121,15 +125,20 @@ def convert(
     from allmem_jax import model as model_lib
 
     _say(f"reading {model}")
-    sizes = dict(window=window, sinks=sinks, chunk=chunk, d_mem=d_mem, read_out=read_out, qk_scale=qk_scale)
-    config, params, tokenizer = convert_lib.load_pretrained(model, dtype=dtype, **_set(dict(n_mem=n_mem)), **sizes)
+    sizes = _set(dict(window=window, sinks=sinks, chunk=chunk))
+    shape = _set(dict(n_mem=n_mem, d_mem=d_mem, read_out=read_out, qk_scale=qk_scale))
+    if memory is None:
+        sizes = dict(window=4096, sinks=128, chunk=2048) | sizes
+    elif shape or start == "attention":
+        raise ValueError(f"memory={memory}: a trained memory is as it is; leave out {', '.join(shape) or 'start'}")
+    config, params, tokenizer = convert_lib.load_pretrained(model, dtype=dtype, memory=memory, **shape, **sizes)
     config = config.replace(mixer=config.memory_mixer)
-    backbone, _ = model_lib.split_params(params)
+    backbone, added = model_lib.split_params(params)
     if start == "attention":
-        memory = _memory_from_attention(config, backbone, tokenizer, texts, seed)
-    else:
-        memory = model_lib.init_memory(config, seed)
-    params = model_lib.merge_params(backbone, memory)
+        added = _memory_from_attention(config, backbone, tokenizer, texts, seed)
+    elif memory is None:
+        added = model_lib.init_memory(config, seed)
+    params = model_lib.merge_params(backbone, added)
     _say(f"writing {out}")
     convert_lib.save_pretrained(out, config, params, tokenizer, overwrite=overwrite)
     groups = cost.parameter_groups(config)

@@ -25,7 +25,7 @@ import safetensors.numpy
 import transformers
 
 from allmem_jax import config as config_lib
-from allmem_jax import ends, families, gguf_reader, model, stores
+from allmem_jax import ends, families, gguf_reader, memory_file, model, stores
 from allmem_jax import tokenizer as tokenizer_lib
 
 ALLMEM_CONFIG = "allmem_config.json"
@@ -44,7 +44,11 @@ class Stored(NamedTuple):
 
 
 def load_pretrained(
-    path: str | os.PathLike[str], *, dtype: str = "float32", **overrides: Any
+    path: str | os.PathLike[str],
+    *,
+    dtype: str = "float32",
+    memory: str | os.PathLike[str] | None = None,
+    **overrides: Any,
 ) -> tuple[config_lib.ModelConfig, dict[str, Any], transformers.PreTrainedTokenizerBase | None]:
     """Loads a pretrained model, or one that `save_pretrained` wrote.
 
@@ -52,6 +56,8 @@ def load_pretrained(
       path: a Hugging Face folder with safetensors weights, or a GGUF file; a URL of either, see `stores`.
       dtype: "float32" or "bfloat16", of the backbone's parameters and of the config's arithmetic. The memory's
         parameters are always float32.
+      memory: a trained memory to add to a model without one, see `memory_file`: the name of one that comes with this
+        package, or a file. Window, sinks and chunk are then those it was trained with, where `overrides` has none.
       **overrides: fields of `ModelConfig`, e.g. `window=128`. Without a `mixer` the model comes as it runs: with the
         mixer of its memory where the folder has one, else "full", or "swa" where it was saved so. A mixer whose
         memory is missing gets an untrained one, with a warning.
@@ -76,6 +82,14 @@ def load_pretrained(
         config, params = _load_gguf(path, overrides)
     else:
         raise FileNotFoundError(f"{path}: no such file or folder; give a local Hugging Face folder or a .gguf file")
+    if memory is not None:
+        if "memory" in params["layers"]:
+            raise ValueError(f"memory={str(memory)!r}: {path} has a memory already; give the model it was made of")
+        config, added = memory_file.load(memory, config)
+        config = config.replace(**overrides)
+        shapes = {name: leaf.shape for name, leaf in _flatten(added["layers"]["memory"]).items()}
+        _check_memory(f"memory={str(memory)!r}", config, shapes)
+        params = model.merge_params(params, jax.tree.map(jnp.asarray, added))
     if config.mixer in config_lib.MEMORY_MIXERS and "memory" not in params["layers"]:
         warnings.warn(f"{path} has no memory: an untrained one is added, which changes nothing yet", stacklevel=2)
         params = model.merge_params(params, model.init_memory(config))
