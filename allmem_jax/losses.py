@@ -6,11 +6,14 @@ Axes:
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
 
 from allmem_jax import functional, sharding
+from pallas_kernels import dots
 
 
 def distill_losses(
@@ -23,8 +26,9 @@ def distill_losses(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Forward KL(teacher || student) and both cross-entropies at every position.
 
-    At any moment logits exist for about `block` positions on a device, in the backward pass too: it computes them
-    again. To pay for a part of the positions only, gather them along L before the call.
+    At any moment logits exist for about `block` positions on a device. Where the head is frozen the forward pass keeps
+    the divergence's gradient, and a backward pass through it alone needs no logits; any other computes them again. To
+    pay for a part of the positions only, gather them along L before the call.
 
     Args:
       student_hidden: [B, L, d] final-normed hidden states; differentiable.
@@ -41,15 +45,61 @@ def distill_losses(
             f"student_hidden {student_hidden.shape}, teacher_hidden {teacher_hidden.shape} and targets {targets.shape} "
             "must be [B, L, d], [B, L, d] and [B, L]"
         )
+    return _distill(block, student_hidden, jax.lax.stop_gradient(teacher_hidden), head, targets)
+
+
+def _distill_by_blocks(block: int, student: jax.Array, teacher: jax.Array, head: jax.Array, targets: jax.Array) -> Any:
+    def losses(student, teacher, target):
+        return _compare(_log_probs(student, head), _log_probs(teacher, head), target)
+
+    return _by_blocks(losses, block, student, teacher, targets)
+
+
+_distill = jax.custom_vjp(_distill_by_blocks, nondiff_argnums=(0,))
+
+
+def _distill_forward(block: int, student: Any, teacher: Any, head: Any, targets: Any) -> tuple[Any, Any]:
+    """Keeps, where the head is frozen, the gradient of the divergence."""
+    student, teacher, kernel, targets = args = student.value, teacher.value, head.value, targets.value
+    if head.perturbed:
+        return _distill_by_blocks(block, *args), (args, None)
 
     def losses(student, teacher, target):
-        log_q = _log_probs(student, head)  # [B, C, V]
-        log_p = jax.lax.stop_gradient(_log_probs(teacher, head))
-        kl = jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1)
-        return kl, _surprise(log_q, target), _surprise(log_p, target)
+        log_q, log_p = _log_probs(jnp.stack([student, teacher]), kernel)  # one product for both
+        slope = (jnp.exp(log_q) - jnp.exp(log_p)).astype(student.dtype)  # of the divergence in the logits
+        gradient = dots.einsum("bcv,dv->bcd", slope, kernel)
+        return *_compare(log_q, log_p, target), gradient.astype(student.dtype)
 
-    kl, ce, teacher_ce = _by_blocks(losses, block, student_hidden, jax.lax.stop_gradient(teacher_hidden), targets)
-    return kl, ce, teacher_ce
+    *found, gradient = _by_blocks(losses, block, student, teacher, targets)
+    return tuple(found), (args, gradient)
+
+
+def _distill_backward(block: int, kept: Any, cotangents: Any) -> tuple[Any, None, Any, None]:
+    (student, teacher, head, targets), gradient = kept
+    d_kl, d_ce, _ = (jnp.zeros(targets.shape) if isinstance(d, SymbolicZero) else d for d in cotangents)
+
+    def again(student: jax.Array, head: jax.Array) -> Any:
+        return _distill_by_blocks(block, student, teacher, head, targets)[:2]
+
+    if gradient is None:
+        d_student, d_head = jax.vjp(again, student, head)[1]((d_kl, d_ce))
+        return d_student, None, d_head, None
+    d_student = jax.lax.cond(
+        jnp.any(d_ce != 0),
+        lambda: jax.vjp(lambda x: again(x, head), student)[1]((d_kl, d_ce))[0],
+        lambda: (d_kl[..., None] * gradient).astype(gradient.dtype),
+    )
+    return d_student, None, None, None
+
+
+_distill.defvjp(_distill_forward, _distill_backward, symbolic_zeros=True)
+
+
+def _compare(log_q: jax.Array, log_p: jax.Array, target: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The three losses [B, C] of log-probabilities [B, C, V], the teacher's being constants."""
+    log_p = jax.lax.stop_gradient(log_p)
+    kl = jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1)
+    return kl, _surprise(log_q, target), _surprise(log_p, target)
 
 
 def cross_entropy(hidden: jax.Array, head: jax.Array, targets: jax.Array, *, block: int = 512) -> jax.Array:
@@ -77,7 +127,7 @@ def _by_blocks(losses: Callable[..., tuple[jax.Array, ...]], block: int, *arrays
         return carry, losses(*map(sharding.over_tokens, xs))
 
     _, found = jax.lax.scan(jax.checkpoint(body), None, tuple(_to_blocks(x, size) for x in arrays))
-    return tuple(jnp.moveaxis(x, 0, 2).reshape(batch, -1)[:, :length] for x in found)
+    return tuple(jnp.moveaxis(x, 0, 2).reshape(batch, -1, *x.shape[3:])[:, :length] for x in found)
 
 
 def _log_probs(hidden: jax.Array, head: jax.Array) -> jax.Array:

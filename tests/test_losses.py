@@ -56,6 +56,18 @@ def test_gradients_equal_dense():
     assert not np.any(got[1]), "the teacher is a constant"
 
 
+@pytest.mark.parametrize("ce_weight", [0.0, 0.3])
+def test_gradients_with_a_frozen_head(ce_weight):
+    student, teacher, head, targets = inputs()
+
+    def total(fn, student):
+        kl, ce, _ = fn(student, teacher, head, targets)
+        return jnp.sum(jnp.sin(jnp.arange(LENGTH)) * (kl + ce_weight * ce))
+
+    got = jax.grad(functools.partial(total, functools.partial(losses.distill_losses, block=10)))(student)
+    close(got, jax.grad(functools.partial(total, dense))(student))
+
+
 def test_gradient_of_the_head():
     student, teacher, head, targets = inputs()
     got = jax.grad(lambda h: losses.distill_losses(student, teacher, h, targets, block=9)[1].sum())(head)
