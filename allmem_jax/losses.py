@@ -22,6 +22,7 @@ def distill_losses(
     head: jax.Array,
     targets: jax.Array,
     *,
+    known: jax.Array | None = None,
     block: int = 512,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Forward KL(teacher || student) and both cross-entropies at every position.
@@ -35,6 +36,8 @@ def distill_losses(
       teacher_hidden: [B, L, d] those of the teacher, taken as constants.
       head: [d, V], one for both; logits = hidden @ head in float32. Differentiable.
       targets: int32 [B, L], the token that follows each position.
+      known: bool [B, L], positions whose target is certain, so that the teacher there counts as if it gave that all
+        probability: its divergence is the cross-entropy. None is nowhere.
       block: positions whose logits exist at a time on a device.
 
     Returns:
@@ -45,61 +48,68 @@ def distill_losses(
             f"student_hidden {student_hidden.shape}, teacher_hidden {teacher_hidden.shape} and targets {targets.shape} "
             "must be [B, L, d], [B, L, d] and [B, L]"
         )
-    return _distill(block, student_hidden, jax.lax.stop_gradient(teacher_hidden), head, targets)
+    known = jnp.zeros(targets.shape, bool) if known is None else known
+    return _distill(block, student_hidden, jax.lax.stop_gradient(teacher_hidden), head, targets, known)
 
 
-def _distill_by_blocks(block: int, student: jax.Array, teacher: jax.Array, head: jax.Array, targets: jax.Array) -> Any:
-    def losses(student, teacher, target):
-        return _compare(_log_probs(student, head), _log_probs(teacher, head), target)
+def _distill_by_blocks(
+    block: int, student: jax.Array, teacher: jax.Array, head: jax.Array, targets: jax.Array, known: jax.Array
+) -> Any:
+    def losses(student, teacher, *rest):
+        return _compare(_log_probs(student, head), _log_probs(teacher, head), *rest)
 
-    return _by_blocks(losses, block, student, teacher, targets)
+    return _by_blocks(losses, block, student, teacher, targets, known)
 
 
 _distill = jax.custom_vjp(_distill_by_blocks, nondiff_argnums=(0,))
 
 
-def _distill_forward(block: int, student: Any, teacher: Any, head: Any, targets: Any) -> tuple[Any, Any]:
+def _distill_forward(block: int, *inputs: Any) -> tuple[Any, Any]:
     """Keeps, where the head is frozen, the gradient of the divergence."""
-    student, teacher, kernel, targets = args = student.value, teacher.value, head.value, targets.value
+    student, teacher, kernel, targets, known = args = tuple(x.value for x in inputs)
+    head = inputs[2]
     if head.perturbed:
         return _distill_by_blocks(block, *args), (args, None)
 
-    def losses(student, teacher, target):
+    def losses(student, teacher, target, known):
         log_q, log_p = _log_probs(jnp.stack([student, teacher]), kernel)  # one product for both
-        slope = (jnp.exp(log_q) - jnp.exp(log_p)).astype(student.dtype)  # of the divergence in the logits
-        gradient = dots.einsum("bcv,dv->bcd", slope, kernel)
-        return *_compare(log_q, log_p, target), gradient.astype(student.dtype)
+        sure = jax.nn.one_hot(target, kernel.shape[1], dtype=log_p.dtype)
+        slope = jnp.exp(log_q) - jnp.where(known[..., None], sure, jnp.exp(log_p))  # of the divergence in the logits
+        gradient = dots.einsum("bcv,dv->bcd", slope.astype(student.dtype), kernel)
+        return *_compare(log_q, log_p, target, known), gradient.astype(student.dtype)
 
-    *found, gradient = _by_blocks(losses, block, student, teacher, targets)
+    *found, gradient = _by_blocks(losses, block, student, teacher, targets, known)
     return tuple(found), (args, gradient)
 
 
-def _distill_backward(block: int, kept: Any, cotangents: Any) -> tuple[Any, None, Any, None]:
-    (student, teacher, head, targets), gradient = kept
+def _distill_backward(block: int, kept: Any, cotangents: Any) -> tuple[Any, None, Any, None, None]:
+    (student, teacher, head, targets, known), gradient = kept
     d_kl, d_ce, _ = (jnp.zeros(targets.shape) if isinstance(d, SymbolicZero) else d for d in cotangents)
 
     def again(student: jax.Array, head: jax.Array) -> Any:
-        return _distill_by_blocks(block, student, teacher, head, targets)[:2]
+        return _distill_by_blocks(block, student, teacher, head, targets, known)[:2]
 
     if gradient is None:
         d_student, d_head = jax.vjp(again, student, head)[1]((d_kl, d_ce))
-        return d_student, None, d_head, None
+        return d_student, None, d_head, None, None
     d_student = jax.lax.cond(
         jnp.any(d_ce != 0),
         lambda: jax.vjp(lambda x: again(x, head), student)[1]((d_kl, d_ce))[0],
         lambda: (d_kl[..., None] * gradient).astype(gradient.dtype),
     )
-    return d_student, None, None, None
+    return d_student, None, None, None, None
 
 
 _distill.defvjp(_distill_forward, _distill_backward, symbolic_zeros=True)
 
 
-def _compare(log_q: jax.Array, log_p: jax.Array, target: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+def _compare(
+    log_q: jax.Array, log_p: jax.Array, target: jax.Array, known: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The three losses [B, C] of log-probabilities [B, C, V], the teacher's being constants."""
-    log_p = jax.lax.stop_gradient(log_p)
-    kl = jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1)
-    return kl, _surprise(log_q, target), _surprise(log_p, target)
+    log_p, ce = jax.lax.stop_gradient(log_p), _surprise(log_q, target)
+    kl = jnp.where(known, ce, jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1))
+    return kl, ce, _surprise(log_p, target)
 
 
 def cross_entropy(hidden: jax.Array, head: jax.Array, targets: jax.Array, *, block: int = 512) -> jax.Array:

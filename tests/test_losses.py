@@ -68,6 +68,25 @@ def test_gradients_with_a_frozen_head(ce_weight):
     close(got, jax.grad(functools.partial(total, dense))(student))
 
 
+@pytest.mark.parametrize("frozen", [True, False])
+def test_where_the_target_is_known_the_divergence_is_the_cross_entropy(frozen):
+    student, teacher, head, targets = inputs()
+    known = jax.random.bernoulli(jax.random.key(3), 0.3, targets.shape)
+
+    def total(fn, student, head):
+        return jnp.sum(jnp.sin(jnp.arange(LENGTH)) * fn(student, teacher, head, targets)[0])
+
+    def wanted(*args):
+        kl, ce, rest = dense(*args)
+        return jnp.where(known, ce, kl), ce, rest
+
+    blockwise = functools.partial(losses.distill_losses, known=known, block=10)
+    close(blockwise(student, teacher, head, targets)[0], wanted(student, teacher, head, targets)[0])
+    of = (0,) if frozen else (0, 1)
+    got = jax.grad(functools.partial(total, blockwise), of)(student, head)
+    close(got[0], jax.grad(functools.partial(total, wanted))(student, head))
+
+
 def test_gradient_of_the_head():
     student, teacher, head, targets = inputs()
     got = jax.grad(lambda h: losses.distill_losses(student, teacher, h, targets, block=9)[1].sum())(head)

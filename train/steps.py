@@ -251,11 +251,11 @@ def batch_loss(
         each = losses.cross_entropy(student, head, targets, block=loss.block)
         values = {"ce": each}
     else:
-        kl, ce, teacher_ce = losses.distill_losses(student, gather(teacher), head, targets, block=loss.block)
-        each = kl + loss.ce_weight * ce
+        kl, ce, teacher_ce = losses.distill_losses(
+            student, gather(teacher), head, targets, known=drawn.answer, block=loss.block
+        )
+        each = kl + loss.ce_weight * (ce if drawn.answer is None else jnp.where(drawn.answer, 0.0, ce))
         values = {"kl": kl, "ce": ce, "teacher_ce": teacher_ce}
-    if drawn.answer is not None:
-        each = jnp.where(drawn.answer, values["ce"], each)
     total = jnp.sum(drawn.weight * each)
     sums, uses = {"loss": total}, _uses(drawn)
     sums |= {name: _share(value, uses["all"], counts["all"]) for name, value in values.items()}
