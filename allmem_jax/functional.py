@@ -7,6 +7,7 @@ Only this file calls the kernels. Axes:
 """
 
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -19,11 +20,32 @@ from pallas_kernels import dots
 from pallas_kernels.swa import slots
 
 
-def rms_norm(x: jax.Array, scale: jax.Array, eps: float, offset: float = 0.0) -> jax.Array:
-    """x / rms(x) * (offset + scale) over the last axis, computed in float32 and returned in x's dtype."""
-    wide = x.astype(jnp.float32)
-    wide = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + eps)
-    return (wide * (offset + scale.astype(jnp.float32))).astype(x.dtype)
+def recomputed(function: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+    """`function`, of which the backward pass keeps the arguments alone.
+
+    For what is computed of each element, or of its neighbours: it costs less than to write it and read it again.
+    """
+    return jax.checkpoint(function, prevent_cse=False)
+
+
+def per_channel(x: jax.Array, like: jax.Array) -> jax.Array:
+    """x [F] as `like` [..., F]. Its gradient is one sum over all other axes, also those of size 1.
+
+    What a product broadcasts by itself is summed over the others only, which XLA does 20 times slower on CPUs.
+    """
+    return jnp.broadcast_to(x.astype(jnp.float32), like.shape)
+
+
+def rms_norm(x: jax.Array, scale: jax.Array, eps: float, offset: float = 0.0, norm: float | None = None) -> jax.Array:
+    """x / rms(x) * (offset + scale) over the last axis, in float32 and back, then `l2_normalise` if `norm` is given."""
+
+    def normalise(x, scale):
+        wide = x.astype(jnp.float32)
+        wide = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + eps)
+        y = (wide * (offset + per_channel(scale, x))).astype(x.dtype)
+        return y if norm is None else l2_normalise(y, norm)
+
+    return recomputed(normalise)(x, scale)
 
 
 def l2_normalise(x: jax.Array, norm: float = 1.0, eps: float = 1e-6) -> jax.Array:
@@ -33,10 +55,27 @@ def l2_normalise(x: jax.Array, norm: float = 1.0, eps: float = 1e-6) -> jax.Arra
     return (wide * (norm * inverse)).astype(x.dtype)
 
 
-def linear(x: jax.Array, kernel: jax.Array, bias: jax.Array | None = None) -> jax.Array:
-    """x @ kernel + bias in x's dtype, accumulated in float32. x [..., in], kernel [in, out]."""
-    y = dots.matmul(x, kernel)
-    return (y if bias is None else y + bias.astype(jnp.float32)).astype(x.dtype)
+def gated(gate: jax.Array, up: jax.Array, activation: str) -> jax.Array:
+    """act(gate) * up, act being "silu" or "gelu_tanh"."""
+
+    def product(gate, up):
+        return (jax.nn.silu(gate) if activation == "silu" else jax.nn.gelu(gate, approximate=True)) * up
+
+    return recomputed(product)(gate, up)
+
+
+def linear(x: jax.Array, kernel: jax.Array, bias: jax.Array | None = None, scale: jax.Array | None = None) -> jax.Array:
+    """(x @ kernel) * scale + bias in x's dtype, accumulated in float32.
+
+    Args:
+      x: [..., in]; kernel: [in, out].
+      bias, scale: [out]. Where x has more rows than the kernel, `scale` is taken into the kernel, which costs less.
+    """
+    many = x.size > kernel.shape[0] * x.shape[-1]
+    y = dots.matmul(x, kernel if scale is None or not many else kernel * scale)
+    if scale is not None and not many:
+        y = y * per_channel(scale, y)
+    return (y if bias is None else y + per_channel(bias, y)).astype(x.dtype)
 
 
 def logits(hidden: jax.Array, head: jax.Array) -> jax.Array:
@@ -237,19 +276,22 @@ def causal_conv(
     Returns:
       [B, L, F] in x's dtype.
     """
-    taps = kernel.shape[0]
+    taps, length = kernel.shape[0], x.shape[1]
     if tail is None:
         tail = jnp.zeros((x.shape[0], taps - 1, x.shape[2]), x.dtype)
-    padded = jnp.concatenate([tail.astype(x.dtype), x], axis=1)
-    length = x.shape[1]
-    y = jnp.zeros(x.shape, jnp.float32)
-    for back in range(taps):
-        shifted = padded[:, taps - 1 - back : taps - 1 - back + length]
-        if segment_ids is not None and back:
-            before = jnp.pad(segment_ids, ((0, 0), (back, 0)), constant_values=-1)[:, :length]
-            shifted = jnp.where((before == segment_ids)[..., None], shifted, 0)
-        y = y + shifted.astype(jnp.float32) * kernel[taps - 1 - back].astype(jnp.float32)
-    return y.astype(x.dtype)
+
+    def conv(x, kernel, tail, segment_ids):
+        padded = jnp.concatenate([tail.astype(x.dtype), x], axis=1)
+        y = jnp.zeros(x.shape, jnp.float32)
+        for back in range(taps):
+            shifted = padded[:, taps - 1 - back : taps - 1 - back + length]
+            if segment_ids is not None and back:
+                before = jnp.pad(segment_ids, ((0, 0), (back, 0)), constant_values=-1)[:, :length]
+                shifted = jnp.where((before == segment_ids)[..., None], shifted, 0)
+            y = y + shifted.astype(jnp.float32) * per_channel(kernel[taps - 1 - back], x)
+        return y.astype(x.dtype)
+
+    return recomputed(conv)(x, kernel, tail, segment_ids)
 
 
 def conv_tail(x: jax.Array, tail: jax.Array, lengths: jax.Array) -> jax.Array:

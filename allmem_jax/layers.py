@@ -63,11 +63,11 @@ class Linear(nn.Module):
     bias_init: Any = nn.initializers.zeros
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Returns [..., out] in x's dtype."""
+    def __call__(self, x: jax.Array, scale: jax.Array | None = None) -> jax.Array:
+        """Returns [..., out] in x's dtype, with the kernel's columns times `scale` [out]."""
         kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features))
         bias = self.param("bias", self.bias_init, (self.features,)) if self.use_bias else None
-        return functional.linear(x, kernel, bias)
+        return functional.linear(x, kernel, bias, scale)
 
 
 class Head(nn.Module):
@@ -83,16 +83,18 @@ class Head(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * (offset + scale) over the last axis."""
+    """x / rms(x) * (offset + scale) over the last axis, rescaled to `norm` afterwards unless that is None."""
 
     eps: float
     offset: float = 0.0
+    norm: float | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """Returns x's shape and dtype."""
         start = nn.initializers.constant(1.0 - self.offset)
-        return functional.rms_norm(x, self.param("scale", start, (x.shape[-1],)), self.eps, self.offset)
+        scale = self.param("scale", start, (x.shape[-1],))
+        return functional.rms_norm(x, scale, self.eps, self.offset, self.norm)
 
 
 class CausalConv(nn.Module):
@@ -176,8 +178,8 @@ def projected(module: Any, out: jax.Array) -> jax.Array:
     To be called in the module that owns the parameters out_proj and alpha.
     """
     c = module.config
-    out = Linear(c.d_model, name="out_proj")(out)
-    return out * module.param("alpha", nn.initializers.constant(c.alpha_init), (c.d_model,)).astype(out.dtype)
+    alpha = module.param("alpha", nn.initializers.constant(c.alpha_init), (c.d_model,))
+    return Linear(c.d_model, name="out_proj")(out, alpha)
 
 
 def real_tokens(x: jax.Array, shared: Shared) -> jax.Array | None:
@@ -204,9 +206,9 @@ class Memory(nn.Module):
         width = c.memory_heads * c.d_mem
         parts, tail = convolved(c, x, state, shared, q=width, k=width, v=width)
         q, k, v = (part.reshape(shape) for part in parts)
-        norm = 1.0 if c.qk_scale == "l2" else c.d_mem**0.5
-        q = functional.l2_normalise(RMSNorm(c.norm_eps, name="q_norm")(q), norm)
-        k = functional.l2_normalise(RMSNorm(c.norm_eps, name="k_norm")(k), norm)
+        length = 1.0 if c.qk_scale == "l2" else c.d_mem**0.5
+        q = RMSNorm(c.norm_eps, norm=length, name="q_norm")(q)
+        k = RMSNorm(c.norm_eps, norm=length, name="k_norm")(k)
         lr, momentum = self._rates(x)
         init = self._initial_weights()
 
@@ -359,8 +361,7 @@ class Mlp(nn.Module):
         c = self.config
         gate = Linear(c.d_ff, c.mlp_bias, name="gate_proj")(x)
         up = Linear(c.d_ff, c.mlp_bias, name="up_proj")(x)
-        gate = nn.silu(gate) if c.activation == "silu" else nn.gelu(gate, approximate=True)
-        return Linear(c.d_model, c.mlp_bias, name="down_proj")(gate * up)
+        return Linear(c.d_model, c.mlp_bias, name="down_proj")(functional.gated(gate, up, c.activation))
 
 
 MEMORIES: dict[str, Any] = {"allmem": Memory, "mamba2": Mamba2, "delta": GatedDelta}
