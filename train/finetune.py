@@ -159,8 +159,8 @@ def read_rows(config: FinetuneConfig, pretrained: Pretrained, texts: Sequence[st
     if texts:
         documents = data.load_documents(texts, pretrained.tokenizer, cache, end_of_text=config.end_of_text)
         if config.lessons and texts == config.texts:
-            length, share = config.seq_length, config.lessons
-            rows = lessons.Lessons(documents, pretrained.tokenizer, length, share=share, seed=config.seed)
+            options: Any = dict(share=config.lessons, kinds=config.kinds, seed=config.seed)
+            rows = lessons.Lessons(documents, pretrained.tokenizer, config.seq_length, **options)
         else:
             rows = data.Rows(documents, config.seq_length, align=align, response_only=config.response_only)
     else:

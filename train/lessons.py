@@ -63,6 +63,13 @@ class Frame(NamedTuple):
 Facts = Iterator[tuple[list[list[int]], Asked]]  # passages that are told, and what is asked of them
 
 
+def check_kinds(kinds: Sequence[str]) -> Sequence[str]:
+    """`kinds`, which must be some of `KINDS`; ValueError otherwise."""
+    if not kinds or not set(kinds) <= set(KINDS):
+        raise ValueError(f"kinds={tuple(kinds)} must be one or more of {', '.join(KINDS)}")
+    return kinds
+
+
 class Lessons:
     """Random access to rows, a share of them lessons, the others plain prose; each a function of seed and index alone.
 
@@ -74,15 +81,25 @@ class Lessons:
       length: L.
       share: of the rows that are lessons.
       seed: of everything drawn.
+      kinds: of lessons, among `KINDS`; they keep their proportions.
       count: rows.
 
     Raises:
-      ValueError: no document is long enough, or the texts have too few words.
+      ValueError: no document is long enough, the texts have too few words, or a kind is unknown.
     """
 
     def __init__(
-        self, documents: data.Documents, tokenizer: Any, length: int, *, share: float, seed: int, count: int = 2**20
+        self,
+        documents: data.Documents,
+        tokenizer: Any,
+        length: int,
+        *,
+        share: float,
+        seed: int,
+        kinds: Sequence[str] = tuple(KINDS),
+        count: int = 2**20,
     ):
+        self._kinds = {kind: KINDS[kind] for kind in check_kinds(kinds)}
         self._documents, self._tokenizer, self._length = documents, tokenizer, length
         self._share, self._seed, self._count = share, seed, count
         self._long = np.flatnonzero(documents.lengths > length + 1)
@@ -105,7 +122,15 @@ class Lessons:
 
     def content_hash(self) -> str:
         """sha256 of the texts and of what decides on the rows."""
-        settings = [self._documents.content_hash(), self._length, self._share, self._seed, self._count, KINDS, CHAT]
+        settings = [
+            self._documents.content_hash(),
+            self._length,
+            self._share,
+            self._seed,
+            self._count,
+            self._kinds,
+            CHAT,
+        ]
         return hashlib.sha256(json.dumps(settings).encode()).hexdigest()
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
@@ -129,7 +154,8 @@ class Lessons:
 
     def _lesson(self, rng: np.random.Generator) -> tuple[list[int], list[bool]]:
         """Tokens of a row and the one after it, and which of them are learned as answers."""
-        kind = str(rng.choice(list(KINDS), p=list(KINDS.values())))
+        weights = np.asarray(list(self._kinds.values()))
+        kind = str(rng.choice(list(self._kinds), p=weights / weights.sum()))
         frame = self._chat if rng.random() < CHAT else self._plain
         room = int(FULL * self._length * rng.uniform(0.2, 1)) - len(frame.head)
         told, asked = self._fill(kind, rng, room, frame)

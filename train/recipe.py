@@ -8,7 +8,7 @@ from typing import Any, Literal
 import numpy as np
 
 from allmem_jax import config as config_lib
-from train import data
+from train import data, lessons
 
 # Fields of `ModelConfig` that a recipe leaves to the model where they are None.
 MEMORY = ("mixer", "write", "n_mem", "d_mem", "read_out", "qk_scale", "alpha_init", "lr_init", "momentum_init")
@@ -85,6 +85,8 @@ class FinetuneConfig:
     lessons: float = 0.0
     """Share of the rows that are lessons: texts in which facts, pairs, variables or words are told that are asked for
     at the end (`train/lessons.py`)."""
+    kinds: tuple[str, ...] = ("facts", "pairs", "variables", "quotes")
+    """Which of these the lessons are."""
     answer_weight: float = 1.0
     """Weight, in the loss, of the mean cross-entropy on the answers of lessons, beside the mean on all other text."""
     loss_block: int = 512
@@ -200,6 +202,7 @@ class FinetuneConfig:
             raise ValueError(f"ema={self.ema} must be in [0, 1), profile={self.profile} not negative")
         if self.objective == "pretrain" and (self.ce_weight or self.inside_weight != 1 or self.beyond_window):
             raise ValueError("ce_weight, inside_weight and beyond_window are for objective=distill")
+        lessons.check_kinds(self.kinds)
         if -1 not in self.mesh:
             self.check_mesh(self.mesh)
         if self.beyond_window and self.window[1] + self.sinks[1] >= self.seq_length:
