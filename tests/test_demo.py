@@ -123,3 +123,15 @@ def test_the_table_compiles_once_for_all_windows(setting, tmp_path):
         compare.run(dataclasses.replace(given, sinks=(0,)))
     with pytest.raises(ValueError, match="shorter than length=16"):
         compare.run(dataclasses.replace(given, length=16))
+
+
+def test_the_training_texts_are_written_once(shakespeare_path, tmp_path, capsys):
+    books.main([str(tmp_path / "texts")])
+    assert capsys.readouterr().out == f"{tmp_path / 'texts'}\n"
+    files = sorted((tmp_path / "texts").iterdir())
+    assert [file.read_text() for file in files] == [book.text for book in books.train_books()]
+    old = [file.stat().st_mtime_ns for file in files]
+    files[3].write_text("damaged")
+    books.write(tmp_path / "texts")
+    assert files[3].read_text() == books.train_books()[3].text
+    assert [file.stat().st_mtime_ns for file in files[4:]] == old[4:]

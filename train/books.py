@@ -5,10 +5,13 @@ modern spelling either. Left out altogether: the second copies of Milton's poems
 The Passionate Pilgrim, which prints two of the held-out sonnets. The files come without Project Gutenberg's own words.
 """
 
+import argparse
 import pathlib
 import re
+from collections.abc import Sequence
 from typing import NamedTuple
 
+from train import errors
 from train import fetch as fetch_lib
 
 
@@ -85,6 +88,17 @@ def train_books() -> list[Book]:
     return books
 
 
+def write(folder: pathlib.Path) -> pathlib.Path:
+    """Writes the texts to train on as .txt files, each once; returns the folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for index, book in enumerate(train_books()):
+        name = re.sub(r"\W+", "-", f"{index:02d} {book.title} {book.kind}").strip("-").lower()
+        path = folder / f"{name}.txt"
+        if not path.exists() or path.stat().st_size != len(book.text.encode()):
+            path.write_text(book.text, encoding="utf-8")
+    return folder
+
+
 def heldout_books() -> list[Book]:
     """Returns the texts to evaluate on, one or more of each kind, fetching them where they are missing."""
     return [Book(title, kind, read_text(file)) for title, kind, file in HELD_OUT]
@@ -114,3 +128,17 @@ def tidy(text: str) -> str:
     """Drops trailing blanks and all but one of successive empty lines."""
     lines = "\n".join(line.rstrip() for line in text.splitlines())
     return re.sub(r"\n{3,}", "\n\n", lines).strip() + "\n"
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command: writes the texts to train on."""
+    parser = argparse.ArgumentParser(
+        prog="python -m train.books", description="Write the demo's training texts as .txt files into a folder."
+    )
+    parser.add_argument("out", type=pathlib.Path, help="the folder")
+    with errors.one_line(fetch_lib.FetchError):
+        print(write(parser.parse_args(arguments).out))
+
+
+if __name__ == "__main__":
+    main()

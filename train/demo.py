@@ -8,7 +8,6 @@ kept under the settings that made it: a second run goes on where the first stopp
 import dataclasses
 import functools
 import pathlib
-import re
 import shlex
 import time
 from collections.abc import Callable
@@ -55,7 +54,7 @@ def run(demo: DemoConfig) -> pathlib.Path:
     stores.local_only(demo.out, "out")
     recipe = finetune.read_recipe(demo.recipe)
     recipe = dataclasses.replace(
-        recipe, model=str(fetch.fetch("smollm2")), texts=(str(write_texts(demo.out / "texts")),)
+        recipe, model=str(fetch.fetch("smollm2")), texts=(str(books.write(demo.out / "texts")),)
     )
     begun, learnt, judged, asked = dependencies(demo, recipe)
     runs = demo.out / "runs"
@@ -104,17 +103,6 @@ def dependencies(demo: DemoConfig, recipe: FinetuneConfig) -> tuple[dict[str, An
     for settings in (begun, learnt):
         del settings["write"]
     return begun | sources, learnt, judged, asked
-
-
-def write_texts(folder: pathlib.Path) -> pathlib.Path:
-    """The training books as .txt files, each written once."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for index, book in enumerate(books.train_books()):
-        name = re.sub(r"\W+", "-", f"{index:02d} {book.title} {book.kind}").strip("-").lower()
-        path = folder / f"{name}.txt"
-        if not path.exists() or path.stat().st_size != len(book.text.encode()):
-            path.write_text(book.text, encoding="utf-8")
-    return folder
 
 
 def load_model(recipe: FinetuneConfig) -> finetune.Pretrained:

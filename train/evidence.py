@@ -23,7 +23,7 @@ import tyro
 from allmem_jax import config as config_lib
 from allmem_jax import evals, model, report, sections, stores, tasks
 from allmem_jax import tokenizer as tokenizer_lib
-from train import books, checkpoint, data, demo, errors, fetch, finetune, needle, stages
+from train import books, checkpoint, data, errors, fetch, finetune, needle, stages
 from train.recipe import FinetuneConfig
 
 Mixer = Literal["allmem", "mamba2", "delta"]
@@ -96,7 +96,7 @@ def run(config: EvidenceConfig) -> sections.Section:
     stores.local_only(config.out, "out")
     recipe = finetune.read_recipe(config.recipe)
     if not recipe.texts:
-        texts = demo.write_texts(config.out / "texts")
+        texts = books.write(config.out / "texts")
         recipe = dataclasses.replace(recipe, model=str(fetch.fetch("smollm2")), texts=(str(texts),))
     recipe = dataclasses.replace(recipe, export=False)
     pretrained = finetune.load(recipe)
