@@ -51,10 +51,9 @@ def test_every_answer_stands_in_the_text_before_the_first_question(read, kind):
     for index in range(12):
         row = rows[index]
         text = whole(row)
-        first = min(
-            text.find(mark) % (len(text) + 1) for mark in ("\nQuestion:", "\n\nWhat is", "\n\nWhich", "\n\nHow")
-        )
         found = spans(row)
+        marks = ("\nQuestion:", "\n\nWhat is", "\n\nWhich", "\n\nHow")  # which prose may have too
+        first = max(text.rfind(mark, 0, found[0][0]) for mark in marks)
         for start, stop in found:
             answer = text[start + 1 : stop + 1]  # targets stand one further on
             parts = [answer] if kind == "quotes" else re.findall(r"\w+", answer.replace(" and ", " "))

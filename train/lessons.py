@@ -191,9 +191,13 @@ class Lessons:
         return told, [asked[index] for index in rng.permutation(len(asked))]
 
     def _facts(self, rng: np.random.Generator, lead: str) -> Facts:
-        thing = str(rng.choice(THINGS))
-        for name in rng.permutation(self._names)[:MOST]:
-            value = str(rng.integers(10_000, 100_000)) if rng.random() < 0.2 else str(rng.choice(self._words))
+        thing = THINGS[rng.integers(len(THINGS))]
+        for name in _some(rng, self._names, MOST):
+            value = (
+                str(rng.integers(10_000, 100_000))
+                if rng.random() < 0.2
+                else self._words[rng.integers(len(self._words))]
+            )
             sentence = f" The {thing} of {name} is {value}." + " Remember it." * int(rng.integers(2))
             told = prompts.paragraph(sentence) if rng.integers(2) else sentence
             question = self._asked(
@@ -202,7 +206,8 @@ class Lessons:
             yield [self._encode(told)], question
 
     def _pairs(self, rng: np.random.Generator, lead: str) -> Facts:
-        for key, value in rng.permutation(self._words)[: 2 * MOST].reshape(-1, 2):
+        words = _some(rng, self._words, 2 * MOST)
+        for key, value in zip(words[::2], words[1::2], strict=True):
             yield (
                 [self._encode(f"\n{key}: {value}")],
                 self._asked(f"{lead}What is {key}?", f"{lead}{key}:", f" {value}"),
@@ -264,3 +269,8 @@ class Lessons:
                 "give more"
             )
         return words, names
+
+
+def _some(rng: np.random.Generator, items: Sequence[str], count: int) -> list[str]:
+    """`count` different items in random order."""
+    return [items[index] for index in rng.choice(len(items), count, replace=False)]
