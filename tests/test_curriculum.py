@@ -1,0 +1,79 @@
+"""Training in stages: each goes on from the memory of the one before, and the end is one file."""
+
+import dataclasses
+from pydoc_data import topics
+
+import numpy as np
+import pytest
+
+from allmem_jax import memory_file
+from train import curriculum, finetune, tiny
+from train.recipe import FinetuneConfig
+
+STAGES = (dict(steps=3, seq_length=96, window=(8, 8)), dict(steps=2, seq_length=160, window=(8, 16), lessons=0.5))
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("curriculum")
+    texts = folder / "texts"
+    texts.mkdir()
+    for name, words in topics.topics.items():
+        (texts / f"{name}.txt").write_text(words, encoding="ascii", errors="ignore")
+    return FinetuneConfig(
+        model="tiny", texts=(str(texts),), cache=str(folder / "cache"), out=str(folder / "out"), start="attention",
+        read_out="difference", alpha_init=0.1, batch=2, chunk=(8,), sinks=(2, 2), warmup=1, tensorboard=False,
+    )  # fmt: skip
+
+
+def test_a_stage_goes_on_from_the_memory_before_it(config, tmp_path):
+    path = curriculum.run(config, STAGES, card="what it can do")
+    first, second = (finetune.trained_memory(f"{config.out}/stage-{number}") for number in (1, 2))
+    alone = dataclasses.replace(config, **STAGES[1], out=str(tmp_path), export=False)
+    start = finetune.load(alone)
+    finetune.run(alone, start._replace(memory=first))
+    same = finetune.trained_memory(tmp_path)["layers"]["memory"]
+    np.testing.assert_array_equal(second["layers"]["memory"]["alpha"], same["alpha"])
+    untrained = np.abs(same["alpha"] - start.memory["layers"]["memory"]["alpha"]).max()
+    assert untrained > np.abs(same["alpha"] - first["layers"]["memory"]["alpha"]).max() > 0
+    found, memory = memory_file.load(path, tiny.CONFIG)
+    assert (found.window, found.chunk, found.read_out) == (16, 8, "difference")
+    np.testing.assert_array_equal(memory["layers"]["memory"]["alpha"], second["layers"]["memory"]["alpha"])
+
+
+def test_it_goes_on_where_it_was_stopped(config):
+    config = dataclasses.replace(config, out=config.out + "-again")
+    curriculum.run(config, STAGES[:1])
+    curriculum.run(config, STAGES)
+    lines = [len(open(f"{config.out}/stage-{number}/metrics.jsonl").readlines()) for number in (1, 2)]
+    assert lines == [3, 2]
+    with pytest.raises(ValueError, match="learning_rate"):
+        curriculum.run(config, (STAGES[0] | dict(learning_rate=0.5), STAGES[1]))
+
+
+@pytest.mark.parametrize(
+    ("stages", "message"),
+    [
+        ((), "no stages"),
+        ((dict(step=3),), "stage 1: no recipe has step"),
+        ((dict(steps=3), dict(steps=0)), "stage 2: steps=0"),
+    ],
+)
+def test_bad_stages_are_named_before_anything_is_trained(config, stages, message):
+    with pytest.raises(ValueError, match=message):
+        curriculum.run(dataclasses.replace(config, out=config.out + "-bad"), stages)
+
+
+def test_the_command(config, tmp_path, monkeypatch, capsys):
+    fields = {name: value for name, value in dataclasses.asdict(config).items() if name not in ("mixture", "out")}
+    recipe = tmp_path / "recipe.py"
+    recipe.write_text(
+        f"from train.recipe import FinetuneConfig\nconfig = FinetuneConfig(**{fields!r})\nstages = {STAGES[:1]!r}\n"
+    )
+    card = tmp_path / "card.md"
+    card.write_text("a card")
+    curriculum.main([str(recipe), "--out", str(tmp_path / "out"), "--card", str(card)])
+    assert capsys.readouterr().out.strip().endswith("memory.safetensors")
+    with pytest.raises(SystemExit):
+        curriculum.main([str(tmp_path / "none.py")])
+    assert "no recipe at" in capsys.readouterr().err

@@ -1,0 +1,96 @@
+"""A memory trained in stages: `python -m train.curriculum configs/RECIPE.py [--field value ...]`.
+
+A recipe file with `stages` beside its `config` names, for each stage, the fields in which it differs: short rows and
+short windows first, where much of the loss is on what only the memory can know, then longer ones. Every stage is a whole
+run (`train.finetune`) that goes on from the memory of the one before:
+
+    OUT/stage-1/, OUT/stage-2/, ...    their checkpoints, metrics and results
+    OUT/memory.safetensors             the last one's memory by itself, int8, with the text of --card
+                                       (`allmem convert MODEL FOLDER --memory OUT/memory.safetensors`)
+
+The same command goes on wherever it was stopped.
+"""
+
+import dataclasses
+import os
+import runpy
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from allmem_jax import memory_file, stores
+from train import checkpoint, distributed, errors, finetune
+from train.recipe import FinetuneConfig
+
+Stage = Mapping[str, Any]  # fields of FinetuneConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Command(distributed.Processes, FinetuneConfig):
+    """What all stages share; what a stage sets itself comes before it."""
+
+    card: str = ""
+    """A text file, the model card that the memory's file carries."""
+
+
+def run(config: FinetuneConfig, stages: Sequence[Stage], card: str = "") -> str | os.PathLike[str]:
+    """All stages, going on where an earlier call stopped. Returns the path of the memory's file.
+
+    Args:
+      config: what they share; `out` is the folder of all of them.
+      stages: for each the fields that it sets.
+      card: what is to be said of the memory.
+
+    Raises:
+      ValueError: a stage cannot work; nothing has been trained then.
+    """
+    recipes = make_recipes(config, stages)
+    current = finetune.load(recipes[0])
+    if current.backbone is None:
+        raise ValueError(f"model={config.model!r} has random weights; give a folder or file with trained ones")
+    backbone = origin = checkpoint.content_hash(current.backbone)
+    for recipe in recipes:
+        fields = recipe.student(current.config, remembers=True)
+        current = current._replace(config=fields, origin=origin)
+        finetune.run(recipe, current)
+        memory = finetune.trained_memory(recipe.out)
+        current, origin = current._replace(memory=memory), f"{backbone} {checkpoint.content_hash(memory)}"
+    path = stores.join(config.out, "memory.safetensors")
+    if distributed.main_process():
+        memory_file.save(path, current.config, current.memory, card)
+    distributed.wait_for_all("the memory is written")
+    return path
+
+
+def make_recipes(config: FinetuneConfig, stages: Sequence[Stage]) -> list[FinetuneConfig]:
+    """The recipe of each stage, checked; ValueError names the stage that cannot work."""
+    if not stages:
+        raise ValueError("there are no stages: the recipe file must define them, each a dict of fields")
+    recipes = []
+    for number, stage in enumerate(stages, 1):
+        try:
+            if unknown := sorted(set(stage) - {field.name for field in dataclasses.fields(FinetuneConfig)}):
+                raise ValueError(f"no recipe has {' or '.join(unknown)}")
+            out = os.fspath(stores.join(config.out, f"stage-{number}")) if config.out else ""
+            recipes.append(dataclasses.replace(config, **stage, out=out, export=False))
+            recipes[-1].check()
+        except ValueError as error:
+            raise ValueError(f"stage {number}: {error}") from None
+    return recipes
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command: a recipe with stages, then any field to set otherwise."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    with errors.one_line():
+        command = finetune.parse(Command, "train.curriculum", __doc__ or "", arguments)
+        stages = runpy.run_path(arguments[0]).get("stages", ()) if arguments else ()
+        card = stores.read(command.card).decode() if command.card else ""
+        distributed.join(command)
+        path = run(FinetuneConfig(**finetune.recipe_fields(command)), stages, card)
+        if distributed.main_process():
+            print(path)
+
+
+if __name__ == "__main__":
+    main()
