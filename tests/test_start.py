@@ -1,4 +1,7 @@
-"""The start from attention: what it is made of, that it is an induction head, and that its rates are fitted."""
+"""The start from attention: what it is made of, that it is an induction head, and that its rates are fitted.
+
+And that the baselines' is one as well.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -7,7 +10,7 @@ import pytest
 
 import pallas_kernels
 from allmem_jax import config as config_lib
-from allmem_jax import functional, model, start
+from allmem_jax import functional, layers, model, start
 
 pytestmark = pytest.mark.core
 SAME = config_lib.ModelConfig(
@@ -22,6 +25,7 @@ SHAPES = {
     "many": SAME.replace(n_kv_heads=6, n_mem=3),  # fewer
     "wide": SAME.replace(head_dim=8, n_mem=8),  # wider, and more than there are query heads
 }
+BASELINES = ("delta", "mamba2")
 TOKENS = np.random.default_rng(0).integers(0, SAME.vocab_size, 2 * start.WARM_UP + 40)
 
 
@@ -48,9 +52,11 @@ def one_layer(config, inputs):
     return fresh, attention, start.induction_head(config, fresh, attention, inputs)
 
 
-@pytest.mark.parametrize("name", SHAPES)
-def test_every_shape_of_attention_gives_a_memory(name):
-    config = SHAPES[name]
+@pytest.mark.parametrize(
+    ("name", "mixer"), [(name, "allmem") for name in SHAPES] + [(name, mixer) for mixer in BASELINES for name in SHAPES]
+)
+def test_every_shape_of_attention_gives_a_memory(name, mixer):
+    config = SHAPES[name].replace(mixer=mixer)
     backbone, like = shapes(config)
     memory = start.from_attention(config, random_like(backbone), TOKENS)
     assert jax.tree.map(jnp.shape, memory) == jax.tree.map(jnp.shape, like)
@@ -105,6 +111,49 @@ def test_it_reads_what_followed():
     assert np.mean(closest == again + 1) > 0.8  # 1/8 by chance
 
 
+@pytest.mark.parametrize("mixer", BASELINES)
+def test_a_baseline_reads_what_followed(mixer):
+    """As above, through the whole module behind its norm and gates; a memory that is not started does not."""
+    config = SAME.replace(d_model=128, n_heads=2, n_kv_heads=1, head_dim=64, d_mem=64, mixer=mixer)
+    rng = np.random.default_rng(2)
+    words = (rng.normal(size=(8, 128)) + 2 * rng.normal(size=128)).astype("f")  # with a common direction
+    fresh, _, memory = one_layer(config, words)
+    memory = start.open_gates(config, memory, jnp.asarray(words))
+    again = rng.permutation(7)
+    inputs = jnp.asarray(np.concatenate([words, words[again]]))[None]
+    shared = layers.Shared(rope=(inputs, inputs), local_rope=(inputs, inputs), window=None, sinks=0)
+
+    def found(memory):
+        stored = np.asarray(words @ memory[f"{start.NAMES[mixer][2]}_proj"]["kernel"])
+        width = stored.shape[1]
+        memory = memory | {"alpha": jnp.ones(128), "out_proj": {"kernel": jnp.eye(width, 128)}}  # what is read itself
+        memory["out_norm"] = {"scale": jnp.ones_like(memory["out_norm"]["scale"])}
+        out, _ = layers.MEMORIES[mixer](config).apply({"params": memory}, inputs, None, shared)
+        read = np.asarray(out)[0, 8:, :width]
+        read, stored = (x - x.mean(axis=0) for x in (read, stored))  # what all have in common tells nothing
+        closest = np.argmax(read @ (stored / np.linalg.norm(stored, axis=1, keepdims=True)).T, axis=1)
+        return np.mean(closest == again + 1)  # 1/8 by chance
+
+    assert found(memory) > 0.8 and found(fresh) < 0.5
+
+
+@pytest.mark.parametrize("mixer", BASELINES)
+def test_a_baseline_writes_all_alike_and_forgets_little(mixer):
+    config = SAME.replace(mixer=mixer, alpha_init=0.2)
+    backbone = random_like(shapes(config)[0])
+    backbone["embed"]["embedding"] += 1  # inputs share a direction, as those of trained models do
+    params = model.merge_params(backbone, start.from_attention(config, backbone, TOKENS))
+    _, found = model.AllMemLM(config).apply({"params": params}, TOKENS[None], mutable=["intermediates"])
+    found = found["intermediates"]["layers"]["memory"]
+    np.testing.assert_allclose(found["lr"][0], start.REPLACED if mixer == "delta" else 1.0, rtol=0.2)
+    np.testing.assert_allclose(found["decay"][0], 1 - start.FORGOTTEN, rtol=1e-6)
+    logits = [
+        model.AllMemLM(config.replace(**change)).apply({"params": params}, TOKENS[None, :64])[0]
+        for change in ({}, dict(write=False), dict(mixer="swa"))
+    ]
+    assert np.array_equal(logits[1], logits[2]) and not np.allclose(logits[0], logits[2], atol=1e-3)
+
+
 def test_rates_move_the_read_out_alike():
     """A layer whose keys are alike gets a smaller rate than one whose keys are not; both move it by the same share."""
     rng = np.random.default_rng(3)
@@ -119,9 +168,11 @@ def test_rates_move_the_read_out_alike():
     assert 1e-4 < rates[0] < 1 and 1e-4 < rates[1] < 1 and abs(np.log(rates[0] / rates[1])) > 0.05
 
 
-@pytest.mark.parametrize("name", ["same", "gemma"])
-def test_every_layer_adds_the_same_share_of_its_attention(name):
-    config = SHAPES[name].replace(alpha_init=0.2)
+@pytest.mark.parametrize(
+    ("name", "mixer"), [("same", "allmem"), ("gemma", "allmem"), ("same", "delta"), ("same", "mamba2")]
+)
+def test_every_layer_adds_the_same_share_of_its_attention(name, mixer):
+    config = SHAPES[name].replace(alpha_init=0.2, mixer=mixer)
     backbone = random_like(shapes(config)[0])
     memory = start.from_attention(config, backbone, TOKENS)
     taken = lambda module, _: module.name in ("attention", "memory")  # noqa: E731
@@ -136,7 +187,7 @@ def test_every_layer_adds_the_same_share_of_its_attention(name):
 
 
 def test_what_cannot_start_is_told():
-    with pytest.raises(ValueError, match="mixer='delta' has no start from attention"):
-        start.from_attention(SAME.replace(mixer="delta"), {}, TOKENS)
+    with pytest.raises(ValueError, match="mixer='swa' has no memory that could start from attention"):
+        start.from_attention(SAME.replace(mixer="swa"), {}, TOKENS)
     with pytest.raises(ValueError, match="the text has 5 tokens; a start from attention needs 512"):
         start.from_attention(SAME, {}, TOKENS[:5])
