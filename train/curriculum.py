@@ -1,8 +1,8 @@
 """A memory trained in stages: `python -m train.curriculum configs/RECIPE.py [--field value ...]`.
 
 A recipe file with `stages` beside its `config` names, for each stage, the fields in which it differs: short rows and
-short windows first, where much of the loss is on what only the memory can know, then longer ones. Every stage is a whole
-run (`train.finetune`) that goes on from the memory of the one before:
+short windows first, where much of the loss is on what only the memory can know, then longer ones. Every stage is a
+whole run (`train.finetune`) that goes on from the memory of the one before:
 
     OUT/stage-1/, OUT/stage-2/, ...    their checkpoints, metrics and results
     OUT/memory.safetensors             the last one's memory by itself, int8, with the text of --card
