@@ -52,6 +52,9 @@ Texts = Annotated[tuple[ReadPath, ...], tyro.conf.Positional, tyro.conf.arg(meta
 class Mixing:
     """How a model on disk is to run."""
 
+    memory: str | None = None
+    """A trained memory for a model without one: a file, or the name of one that comes with this package, such as
+    smollm2-135m-instruct. Window, sinks and chunk are then those it was trained with."""
     mixer: Mixer | None = None
     """allmem: window, sinks and memory; mamba2, delta: the same with a baseline in the memory's place; swa: window
     and sinks; full: the original attention. Default: as the model was converted, or full where it has no memory."""
@@ -233,6 +236,8 @@ def chat(
     A converted model keeps a state of constant size: a turn costs its own tokens, however long the chat is.
 
     Example: allmem chat smollm2-allmem --system "Answer in one sentence."
+
+    Example: allmem chat SmolLM2-135M-Instruct.Q4_1.gguf --memory smollm2-135m-instruct
 
     Args:
         model: Converted folder, Hugging Face folder (safetensors) or .gguf file.
@@ -493,7 +498,8 @@ def recall(
     )
     section = tasks_lib.section(
         settings, backbone, tokenizer, named, variants, questions=asked, parts=out / "parts",
-        source=tasks_lib.fingerprint(model), command=tasks_lib.command(model, texts, questions, settings, config, out),
+        source=_fingerprint(model, mixing),
+        command=tasks_lib.command(model, texts, questions, settings, config, out, memory=mixing.memory),
     )  # fmt: skip
     sections.save(out / f"{section.name}.json", section)
     _print_section(section)
@@ -546,7 +552,9 @@ def longbench(
     variants = longbench_lib.variants(config, params, mixers)
     progress = _progress(sum(plan.counts) * len(variants), "answering")
     results = longbench_lib.run(plan, params, tokenizer, variants, out, lambda: progress(1))
-    section = longbench_lib.section(results, longbench_lib.command(str(model), plan, config, mixers, out))
+    section = longbench_lib.section(
+        results, longbench_lib.command(str(model), plan, config, mixers, out, memory=mixing.memory)
+    )
     sections.save(out / f"{suite}.json", section)
     _print_section(section)
 
@@ -616,6 +624,14 @@ def _load(model: pathlib.Path, mixing: Mixing) -> tuple[Any, Any, Any]:
     if tokenizer is None:
         raise ValueError(f"{model} has no tokenizer: copy the original model's tokenizer.json into it")
     return config, params, tokenizer
+
+
+def _fingerprint(model: pathlib.Path, mixing: Mixing) -> str:
+    """What tells these parameters from others: the files that they come from."""
+    from allmem_jax import memory_file, tasks
+
+    files = [model] if mixing.memory is None else [model, memory_file.find(mixing.memory)]
+    return " ".join(map(tasks.fingerprint, files))
 
 
 def _check_window(mixing: Mixing, mixers: Sequence[str]) -> None:

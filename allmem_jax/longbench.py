@@ -262,6 +262,7 @@ def command(
     config: config_lib.ModelConfig,
     mixers: Sequence[str],
     out: pathlib.Path | None = None,
+    memory: str | None = None,
 ) -> str:
     """What a user types to get a run's figures again, into `out` where that is given."""
     sizes = {name: getattr(config, name) for name in ("window", "sinks", "chunk", "dtype")}
@@ -270,7 +271,7 @@ def command(
     given = {name: getattr(plan.settings, name) for name in names}
     given = {name: value for name, value in given.items() if value != getattr(defaults, name)}
     asked = {"suite": plan.settings.suite, "mixers": tuple(mixers)} | sizes | given
-    return sections.command("longbench", model_path, plan.folder, **asked, out=out)
+    return sections.command("longbench", model_path, plan.folder, memory=memory, **asked, out=out)
 
 
 def section(results: dict[str, Any], made_by: str) -> sections.Section:

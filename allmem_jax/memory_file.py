@@ -73,18 +73,9 @@ def load(name: str | os.PathLike[str], found: config_lib.ModelConfig) -> tuple[c
       ValueError: the file is damaged, or for another model.
     """
     path = find(name)
-    try:
-        with safetensors.safe_open(path, framework="np") as file:
-            header = file.metadata() or {}
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
-    except safetensors.SafetensorError as error:
-        raise ValueError(f"{path}: truncated or damaged safetensors file ({error}); fetch it again") from None
-    if "allmem_config" not in header:
-        raise ValueError(f"{path} says nothing of the model it is for: it is no memory that `memory_file.save` wrote")
-    try:
-        config = config_lib.ModelConfig.from_json(header["allmem_config"])
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{path}: {error}") from error
+    config, _ = describe(path)
+    with safetensors.safe_open(path, framework="np") as file:
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
     if differing := families.differing_fields(config, found):
         raise ValueError(f"{path} is a memory for another model: {', '.join(differing)}")
     flat = {}
@@ -94,6 +85,22 @@ def load(name: str | os.PathLike[str], found: config_lib.ModelConfig) -> tuple[c
             flat[key] = wide * tensors[key + _SCALE] if array.dtype == np.int8 else wide
     memory = {"layers": {"memory": flax.traverse_util.unflatten_dict(flat, sep="/")}}
     return config.replace(eos_tokens=found.eos_tokens), memory
+
+
+def describe(name: str | os.PathLike[str]) -> tuple[config_lib.ModelConfig, str]:
+    """The converted model's config and the model card that a memory's file holds; `name` and errors as for `load`."""
+    path = find(name)
+    try:
+        with safetensors.safe_open(path, framework="np") as file:
+            header = file.metadata() or {}
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"{path}: truncated or damaged safetensors file ({error}); fetch it again") from None
+    if "allmem_config" not in header:
+        raise ValueError(f"{path} says nothing of the model it is for: it is no memory that `memory_file.save` wrote")
+    try:
+        return config_lib.ModelConfig.from_json(header["allmem_config"]), header.get("card", "")
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
 def find(name: str | os.PathLike[str]) -> pathlib.Path:

@@ -97,11 +97,12 @@ def command(
     settings: Settings,
     config: config_lib.ModelConfig,
     out: pathlib.Path | None = None,
+    memory: str | None = None,
 ) -> str:
     """What a user types to get a section again, into `out` where that is given, whatever the defaults become."""
     mixing = {name: getattr(config, name) for name in ("mixer", "window", "sinks", "chunk", "dtype")}
     asked = vars(settings)
-    return sections.command("recall", path, *texts, questions=questions, **asked, **mixing, out=out)
+    return sections.command("recall", path, *texts, memory=memory, questions=questions, **asked, **mixing, out=out)
 
 
 def normalise(text: str) -> str:

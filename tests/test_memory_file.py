@@ -80,3 +80,24 @@ def test_what_is_no_memory_of_this_model_is_refused(plain, saved, tmp_path):
     memory_file.save(other, config, {"layers": {"memory": dict(memory["layers"]["memory"], alpha=np.zeros(3, "f"))}})
     with pytest.raises(ValueError, match="alpha is"):
         convert.load_pretrained(plain, memory=other)
+
+
+def test_a_command_takes_it_by_itself(plain, saved, tmp_path, capsys):
+    """A model and a memory's file say what the folder says that they make together."""
+    assert cli.main(["convert", str(plain), str(tmp_path / "both"), "--memory", str(saved[2])]) == 0
+    said = []
+    for given in ([str(tmp_path / "both")], [str(plain), "--memory", str(saved[2])]):
+        capsys.readouterr()
+        assert cli.main(["generate", given[0], "red one", *given[1:], "--max-tokens", "6"]) == 0
+        said.append(capsys.readouterr().out)
+    assert said[0] == said[1] and len(said[0]) > len("red one")
+    assert cli.main(["generate", str(plain), "red one", "--memory", "none-such"]) == 2
+    assert "none of those that come with it" in capsys.readouterr().err
+
+
+def test_answers_are_kept_apart_by_memory(plain, saved, tmp_path):
+    config, memory, path = saved
+    other = tmp_path / "other.safetensors"
+    memory_file.save(other, config, memory, "another card")
+    names = [None, str(path), str(other)]
+    assert len({cli._fingerprint(plain, cli.Mixing(memory=name)) for name in names}) == 3
