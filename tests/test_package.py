@@ -8,6 +8,8 @@ import zipfile
 
 import pytest
 
+from allmem_jax import memory_file
+
 ROOT = pathlib.Path(__file__).parent.parent
 PIP = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--no-input"]
 
@@ -48,6 +50,7 @@ def test_wheel_holds_the_two_packages_alone(wheel):
     ]
     assert sorted(name for name in names if name.endswith(".py")) == sorted(path.as_posix() for path in on_disk)
     assert {"allmem_jax/py.typed", "pallas_kernels/py.typed"} <= set(names)  # pyproject.toml says that it is typed
+    assert {f"allmem_jax/memories/{name}.safetensors" for name in memory_file.shipped()} <= set(names)
     assert any(name.endswith("licenses/LICENSE") for name in names)
 
 

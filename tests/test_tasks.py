@@ -440,7 +440,7 @@ def test_the_recorded_command_asks_for_the_same(monkeypatch):
     assert cli.main(shlex.split(command)[1:]) == 0
     assert (asked["model"], asked["texts"], asked["questions"], asked["out"]) == (*paths, pathlib.Path("some out"))
     assert tasks.Settings(**{field.name: asked[field.name] for field in dataclasses.fields(tasks.Settings)}) == settings
-    assert asked["mixing"] == cli.Mixing("swa", 40, 3, 10, "bfloat16")
+    assert asked["mixing"] == cli.Mixing(None, "swa", 40, 3, 10, "bfloat16")
     assert cli.main(shlex.split(tasks.command(paths[0], (), None, settings, config))[1:]) == 0
     assert asked["texts"] == () and asked["questions"] is None and asked["out"] == pathlib.Path("out/recall")
 

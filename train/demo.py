@@ -1,12 +1,14 @@
 """The whole chain on a real model, in one command: `make demo`, or `python -m train.demo`.
 
-SmolLM2-135M-Instruct is converted to AllMem, compared with the original on held-out books, distilled on other books
-(and once more as a control, with the memory's writing off), compared again, and made to write. What a stage made is
-kept under the settings that made it: a second run goes on where the first stopped, and reuses what is complete.
+First what a converted model is for: SmolLM2-135M-Instruct with its released memory is told secrets in held-out plays
+and asked for them when they have left its window (`train.reading`). Then how one is made: the model is converted anew,
+compared with the original on held-out books, distilled on other books, compared again, and made to write. What a stage
+made is kept under the settings that made it: a second run goes on where the first stopped, and reuses what is there.
 """
 
 import dataclasses
 import functools
+import hashlib
 import pathlib
 import shlex
 import time
@@ -18,25 +20,47 @@ import tqdm
 import tyro
 
 from allmem_jax import config as config_lib
-from allmem_jax import convert, cost, evals, evaluation_report, model, report, sections, stores, text
+from allmem_jax import (
+    convert,
+    cost,
+    evals,
+    evaluation_report,
+    memory_file,
+    model,
+    report,
+    sections,
+    stores,
+    tasks,
+    text,
+)
 from allmem_jax import tokenizer as tokenizer_lib
-from train import books, errors, fetch, finetune, metrics, stages
+from train import books, errors, fetch, finetune, metrics, reading, stages
 from train.recipe import MEMORY, FinetuneConfig
 
 BEFORE = "converted, before distillation"
-CONTROL = "control: trained with writing off"
 IN_WINDOW_LIMIT = 0.005  # nats
 
 
 @dataclasses.dataclass(frozen=True)
 class DemoConfig:
-    """Converts SmolLM2-135M-Instruct to AllMem, distils it on real books, and writes a report."""
+    """Shows what SmolLM2-135M-Instruct with its released memory remembers, makes a memory anew, and writes a report."""
+
+    memory: str = "smollm2-135m-instruct"
+    """The released memory: one that comes with this package, or a file."""
+    window: int = 256
+    """Tokens that attention sees while that is shown."""
+    told: int = 1000
+    """Tokens of a prompt that hides a secret."""
+    asked: int = 8
+    """Such prompts."""
+    read: int = 2000
+    """Tokens that are read once and asked about later."""
 
     recipe: str = "configs/demo.py"
     """The distillation's recipe; its model, texts and output folder are the demo's."""
     out: pathlib.Path = pathlib.Path("out/demo")
     """Folder for the report and all that leads to it."""
-    length: int = 2048
+    length: int = 1024
     """Tokens of a held-out sequence."""
     sequences: int = 1
     """Sequences from each held-out book."""
@@ -56,13 +80,13 @@ def run(demo: DemoConfig) -> pathlib.Path:
     recipe = dataclasses.replace(
         recipe, model=str(fetch.fetch("smollm2")), texts=(str(books.write(demo.out / "texts")),)
     )
-    begun, learnt, judged, asked = dependencies(demo, recipe)
+    begun, learnt, judged, asked, remembered = dependencies(demo, recipe)
     runs = demo.out / "runs"
     folder = runs / stages.key(learnt)
-    memory = dataclasses.replace(recipe, write=True, export=True, out=str(folder / "memory"))
-    control = dataclasses.replace(recipe, write=False, export=False, out=str(folder / "control"))
+    memory = dataclasses.replace(recipe, export=True, out=str(folder / "memory"))
     load = functools.cache(lambda: load_model(memory))
     stages.say(f"what each stage makes is kept in {runs}")
+    told = tell(demo, recipe.model, runs, remembered)
 
     size = f"{recipe.steps} steps of {recipe.batch * recipe.seq_length} tokens"
     what = "comparing with the original on held-out books"
@@ -70,29 +94,49 @@ def run(demo: DemoConfig) -> pathlib.Path:
         runs, "before", begun | judged, f"{what}, before training", lambda: evaluate(demo, load(), untrained(load()))
     )
     say_gap(before)
-    for each, name in ((memory, "distilling the memory"), (control, "training the writing-off control")):
-        work = functools.partial(distil, each, load)
-        stages.stage(folder, pathlib.Path(each.out).name, {"write": each.write}, f"{name}, {size}", work)
+    stages.stage(folder, "memory", {}, f"distilling the memory, {size}", lambda: distil(memory, load))
     after = stages.stage(
         folder, "after", judged, f"{what}, after training",
-        lambda: evaluate(demo, load(), trained(load(), memory, control)),
+        lambda: evaluate(demo, load(), trained(load(), memory)),
     )  # fmt: skip
     samples = stages.stage(
         folder, "samples", asked, "writing with the converted model", lambda: write_samples(demo, load(), memory)
     )
 
     results = merge(before, after)
-    page = report.write(demo.out, make_report(demo, memory, control, results, samples))
-    stages.say(evaluation_report.verdict(results, evals.CONVERTED, CONTROL))
+    page = report.write(demo.out, make_report(demo, memory, told, results, samples))
+    stages.say(evaluation_report.verdict(results, evals.CONVERTED, evals.WRITE_OFF))
     stages.say(f"the converted model is in {pathlib.Path(memory.out, 'model')}")
     stages.say(f"done in {(time.monotonic() - began) / 60:.1f} minutes; the report is {page.resolve()}")
     return page
 
 
-def dependencies(demo: DemoConfig, recipe: FinetuneConfig) -> tuple[dict[str, Any], ...]:
-    """What decides on the converted model before training, on what is trained, on evaluations, and on samples.
+def tell(demo: DemoConfig, path: str, runs: pathlib.Path, depends: dict[str, Any]) -> list[sections.Section]:
+    """What the released memory remembers: secrets told in plays, and a play that is read once."""
+    load = functools.cache(lambda: reading.load(path, demo.memory, demo.window))
+    plays = books.heldout_books()[:2]
+    settings = tasks.Settings(("needle",), (demo.told,), demo.asked)
+    answers = stages.stage(
+        runs, "answers", depends | {"told": demo.told, "asked": demo.asked},
+        f"{demo.asked} secrets in {demo.told} tokens each, asked for beyond a window of {demo.window}",
+        lambda: reading.ask(load(), {book.title: book.text for book in plays}, settings),
+    )  # fmt: skip
+    for sentence in tasks.finding(answers):
+        stages.say(f"  {sentence}")
+    story = stages.stage(
+        runs, "read", depends | {"read": demo.read}, f"reading {demo.read} tokens once, and asking later",
+        lambda: reading.read_once(load(), plays[0].text, demo.read, runs / "read.safetensors"),
+    )  # fmt: skip
+    for question, told, *given in story["rows"]:
+        stages.say(f"  {question} ({told}) " + "; ".join(map(": ".join, zip(story["variants"], given, strict=True))))
+    known = memory_file.describe(demo.memory)[0].replace(window=demo.window)
+    return [tasks.describe(answers, known, settings), reading.describe(story, plays[0].title, known)]
 
-    Each is JSON values for `stages.key`. Whether the memory writes is left to the stages.
+
+def dependencies(demo: DemoConfig, recipe: FinetuneConfig) -> tuple[dict[str, Any], ...]:
+    """What decides on the converted model before training, what is trained, evaluations, samples, and the first part.
+
+    Each is JSON values for `stages.key`.
     """
     sources = {name: source.sha256 for name, source in fetch.SOURCES.items()}
     begun: dict[str, Any] = {name: getattr(recipe, name) for name in (*MEMORY, "seed", "dtype", "backbone_dtype")}
@@ -100,9 +144,9 @@ def dependencies(demo: DemoConfig, recipe: FinetuneConfig) -> tuple[dict[str, An
     learnt = recipe.identity() | sources
     judged = {"length": demo.length, "sequences": demo.sequences}
     asked = {"question": demo.question, "passage": demo.passage, "sample_tokens": demo.sample_tokens}
-    for settings in (begun, learnt):
-        del settings["write"]
-    return begun | sources, learnt, judged, asked
+    content = hashlib.sha256(memory_file.find(demo.memory).read_bytes()).hexdigest()
+    remembered = {"memory": content, "window": demo.window} | sources
+    return begun | sources, learnt, judged, asked, remembered
 
 
 def load_model(recipe: FinetuneConfig) -> finetune.Pretrained:
@@ -121,14 +165,12 @@ def untrained(loaded: finetune.Pretrained) -> list[evals.Variant]:
     return [swa, evals.Variant(BEFORE, loaded.config, loaded.memory)]
 
 
-def trained(loaded: finetune.Pretrained, memory: FinetuneConfig, control: FinetuneConfig) -> list[evals.Variant]:
-    """The distilled model, the same with its writing switched off, and the control that was trained so."""
-    silent = loaded.config.replace(write=False)
+def trained(loaded: finetune.Pretrained, memory: FinetuneConfig) -> list[evals.Variant]:
+    """The distilled model, and the same with its writing switched off."""
     weights = finetune.trained_memory(memory.out)
     return [
         evals.Variant(evals.CONVERTED, loaded.config, weights),
-        evals.Variant(evals.WRITE_OFF, silent, weights),
-        evals.Variant(CONTROL, silent, finetune.trained_memory(control.out)),
+        evals.Variant(evals.WRITE_OFF, loaded.config.replace(write=False), weights),
     ]
 
 
@@ -146,8 +188,7 @@ def evaluate(demo: DemoConfig, loaded: finetune.Pretrained, variants: list[evals
 
 def distil(recipe: FinetuneConfig, load: Callable[[], finetune.Pretrained]) -> dict[str, Any]:
     """One training run, resumed where it was stopped; returns its last line of metrics."""
-    loaded = load()
-    finetune.run(recipe, loaded._replace(config=loaded.config.replace(write=recipe.write)))
+    finetune.run(recipe, load())
     return metrics.read_metrics(pathlib.Path(recipe.out, "metrics.jsonl"))[-1]
 
 
@@ -185,24 +226,22 @@ def merge(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
 def make_report(
     demo: DemoConfig,
     memory: FinetuneConfig,
-    control: FinetuneConfig,
+    told: list[sections.Section],
     results: dict[str, Any],
     samples: list[tuple[str, str]],
 ) -> report.Report:
     """What the page says."""
     command = "make demo" if demo == DemoConfig() else stages.command("train.demo", demo)
-    training = {
-        name: metrics.read_metrics(pathlib.Path(run_config.out, "metrics.jsonl"))
-        for name, run_config in (("memory", memory), (CONTROL, control))
-    }
+    training = {"memory": metrics.read_metrics(pathlib.Path(memory.out, "metrics.jsonl"))}
     parts = (
-        evaluation_report.evaluation_section(results, evals.CONVERTED, CONTROL, command=command),
+        *(dataclasses.replace(section, command=command) for section in told),
+        evaluation_report.evaluation_section(results, evals.CONVERTED, evals.WRITE_OFF, command=command),
         training_section(training, command),
         sections.Section("writing", "Generated text", command,
                          tables=(sections.Table("", ("prompt", "continuation"), tuple(map(tuple, samples))),)),
         settings_section(memory),
     )  # fmt: skip
-    return report.Report("SmolLM2-135M-Instruct as AllMem", parts, notes=tuple(findings(results, training)))
+    return report.Report("SmolLM2-135M-Instruct as AllMem", parts, notes=tuple(findings(told, results, training)))
 
 
 def training_section(training: dict[str, list[dict[str, Any]]], command: str) -> sections.Section:
@@ -238,7 +277,9 @@ def settings_section(memory: FinetuneConfig) -> sections.Section:
     return sections.Section("settings", "Settings, and what to do next", "\n".join(commands), tables=(table,))
 
 
-def findings(results: dict[str, Any], training: dict[str, list[dict[str, Any]]]) -> list[str]:
+def findings(
+    told: list[sections.Section], results: dict[str, Any], training: dict[str, list[dict[str, Any]]]
+) -> list[str]:
     """Sentences on what the numbers show, good or bad."""
     texts = results["texts"]
     lower = [name for name, rows in texts.items() if rows[evals.CONVERTED]["kl_beyond"] < rows[evals.SWA]["kl_beyond"]]
@@ -247,8 +288,9 @@ def findings(results: dict[str, Any], training: dict[str, list[dict[str, Any]]])
     window, sinks = results["window"], results["sinks"]
     limit = "below" if inside < IN_WINDOW_LIMIT else "ABOVE"
     return [
-        f"By attention the model sees the last {window} tokens and the first {sinks}; of the rest it knows what its "
-        "memory holds. None of the texts below was trained on.",
+        *told[0].text[:-1],  # the last one says how it was measured
+        f"The memory made here, in {len(next(iter(training.values())))} steps, sees by attention the last {window} "
+        f"tokens and the first {sinks}. None of the texts below was trained on.",
         f"Distillation lowered the KL beyond the window on {len(lower)} of {len(texts)} held-out texts. Inside the "
         f"window it is at most {inside:.2g} nats, {limit} the limit of {IN_WINDOW_LIMIT}. Training steps that were not "
         f"finite: {skipped}.",
