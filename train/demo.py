@@ -289,7 +289,7 @@ def findings(
     limit = "below" if inside < IN_WINDOW_LIMIT else "ABOVE"
     return [
         *told[0].text[:-1],  # the last one says how it was measured
-        f"The memory made here, in {len(next(iter(training.values())))} steps, sees by attention the last {window} "
+        f"The memory made here, in {len(training['memory'])} steps, sees by attention the last {window} "
         f"tokens and the first {sinks}. None of the texts below was trained on.",
         f"Distillation lowered the KL beyond the window on {len(lower)} of {len(texts)} held-out texts. Inside the "
         f"window it is at most {inside:.2g} nats, {limit} the limit of {IN_WINDOW_LIMIT}. Training steps that were not "

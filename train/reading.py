@@ -7,7 +7,7 @@ text are answered from the file alone.
 
 import pathlib
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -15,28 +15,20 @@ from allmem_jax import config as config_lib
 from allmem_jax import convert, evals, generation, model, prompts, sections, state, tasks
 from allmem_jax import text as text_lib
 from allmem_jax import tokenizer as tokenizer_lib
+from train import finetune
 
 TOLD = (("Clara", "violin"), ("Walter", "copper"), ("Ruth", "castle"))  # names and what is said of them
 ANSWER = 8  # tokens
 NAME = "read_once"
 
 
-class Released(NamedTuple):
-    """A model and a memory that was trained for it: config, backbone, memory, tokenizer."""
-
-    config: config_lib.ModelConfig
-    backbone: model.Params
-    memory: model.Params
-    tokenizer: Any
-
-
-def load(path: str, memory: str, window: int) -> Released:
+def load(path: str, memory: str, window: int) -> finetune.Pretrained:
     """A pretrained model with a trained memory, see `convert.load_pretrained`."""
     config, params, tokenizer = convert.load_pretrained(path, memory=memory, window=window)
-    return Released(config, *model.split_params(params), tokenizer)
+    return finetune.Pretrained(config, *model.split_params(params), tokenizer)
 
 
-def ask(released: Released, texts: Mapping[str, str], settings: tasks.Settings) -> list[tasks.Result]:
+def ask(released: finetune.Pretrained, texts: Mapping[str, str], settings: tasks.Settings) -> list[tasks.Result]:
     """`tasks.measure` of all that `tasks.variants` has but writing off, which is windowed attention itself."""
     params = model.merge_params(released.backbone, released.memory)
     _, variants = tasks.variants(released.config, params)
@@ -44,7 +36,7 @@ def ask(released: Released, texts: Mapping[str, str], settings: tasks.Settings) 
     return tasks.measure(settings, released.backbone, released.tokenizer, texts, asked)
 
 
-def read_once(released: Released, text: str, length: int, path: pathlib.Path) -> dict[str, Any]:
+def read_once(released: finetune.Pretrained, text: str, length: int, path: pathlib.Path) -> dict[str, Any]:
     """Reads a text in which `TOLD` is said, and asks for it from the state that it wrote.
 
     Args:
