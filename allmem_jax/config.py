@@ -88,7 +88,11 @@ class ModelConfig:
       mem_expansion: hidden size of the fast weights over d_mem.
       conv_kernel: taps of the causal depthwise convolutions.
       read_out: what is read of the memory: "full" f(W, q) (the paper), in which the initial weights act as an adapter;
-        "difference" f(W, q) - f(W_init, q), what it has learned, and nothing until then.
+        "difference" f(W, q) - f(W_init, q), what it has learned, and nothing until then. Its norm has a learned floor:
+        reads that find much come out at the size of all others in "full", those that find little come out small.
+      delay: a token is written when it leaves the window, to within a chunk, and not as it comes (the paper): the
+        memory then holds what attention no longer sees, and adds nothing within the window. The state keeps what waits.
+        Plays no part in the baselines.
       qk_scale: "l2" gives queries and keys of the memory unit norm (the paper), "rms" norm sqrt(d_mem).
       alpha_init: start of the memory's per-channel output scale; 0.0 leaves a converted model unchanged.
       lr_init, momentum_init: start values of the two, for an average token.
@@ -141,6 +145,7 @@ class ModelConfig:
     mem_expansion: int = 2
     conv_kernel: int = 4
     read_out: str = "full"
+    delay: bool = False
     qk_scale: str = "l2"
     alpha_init: float = 0.0
     lr_init: float = 0.005
@@ -211,7 +216,18 @@ class ModelConfig:
         d, heads, channels = self.d_model, self.memory_heads, self.memory_heads * self.d_mem
         projections = 4 * d * channels + 5 * d * heads + 4 * heads  # q, k, v, out; lr (3), momentum, gate; biases
         fast = 3 * channels * self.memory_hidden
-        return projections + fast + 3 * self.conv_kernel * channels + 3 * self.d_mem + d  # ... norms and alpha
+        floors = heads if self.read_out == "difference" else 0
+        return projections + fast + 3 * self.conv_kernel * channels + 3 * self.d_mem + d + floors  # ... norms and alpha
+
+    @property
+    def lag(self) -> int:
+        """Tokens between one that comes and the one that is written; see `delay`."""
+        return max(self.window - self.chunk, 0) if self.delay and self.mixer == "allmem" else 0
+
+    @property
+    def waiting_channels(self) -> int:
+        """Channels of one layer's token that waits to be written: key, value, three learning rates and momentum."""
+        return self.memory_heads * (2 * self.d_mem + 4)
 
     @property
     def mamba_state(self) -> int:

@@ -48,6 +48,23 @@ def rms_norm(x: jax.Array, scale: jax.Array, eps: float, offset: float = 0.0, no
     return recomputed(normalise)(x, scale)
 
 
+def floored_norm(x: jax.Array, scale: jax.Array, log_floor: jax.Array) -> jax.Array:
+    """x / sqrt(mean(x^2) + floor^2) * scale over the last axis, in float32 and back.
+
+    Args:
+      x: [..., N, D]; scale: [D].
+      log_floor: [N]. What is smaller than its head's floor stays small.
+    """
+
+    def normalise(x, scale, log_floor):
+        wide = x.astype(jnp.float32)
+        floor = jnp.exp(2 * per_channel(log_floor, x[..., 0]))[..., None]
+        wide = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + floor)
+        return (wide * per_channel(scale, x)).astype(x.dtype)
+
+    return recomputed(normalise)(x, scale, log_floor)
+
+
 def l2_normalise(x: jax.Array, norm: float = 1.0, eps: float = 1e-6) -> jax.Array:
     """x rescaled to `norm` over the last axis, in float32 and back."""
     wide = x.astype(jnp.float32)
@@ -261,6 +278,47 @@ def write_cache(
     tokens, rows = PartitionSpec(None, "rows", None, "heads"), PartitionSpec("rows")
     where, arguments = (tokens, tokens, rows, rows), (cache, new, position, lengths)
     return sharding.over_rows_and_heads(local, arguments, where, tokens, cache.shape[1], cache.shape[3])
+
+
+def delayed(
+    x: jax.Array,
+    lag: jax.Array | int,
+    waiting: jax.Array | None = None,
+    position: jax.Array | None = None,
+    segment_ids: jax.Array | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """x[t - lag] at every token t.
+
+    Args:
+      x: [B, L, F].
+      lag: not negative; with `waiting` its R.
+      waiting: [B, R, F], the last R tokens before x, token p in slot p % R; None for the start of a sequence.
+      position: int32 [B], tokens before x; with `waiting` only.
+      segment_ids: int32 [B, L] of packed documents; without `waiting` only.
+
+    Returns:
+      [B, L, F], and bool [B, L]: whether there is such a token, and it is of the same document. Elsewhere the first is
+      arbitrary but finite.
+    """
+    steps = jnp.arange(x.shape[1], dtype=jnp.int32)
+    if waiting is None:
+        there = jnp.broadcast_to(steps >= lag, x.shape[:2])
+        if segment_ids is not None:
+            there &= _later(segment_ids[..., None], lag)[..., 0] == segment_ids
+        return _later(x, lag), there
+    assert position is not None
+    slots_held = waiting.shape[1]
+    came = position[:, None] + steps - lag  # [B, L]
+    index = jnp.where(steps < lag, came % slots_held, slots_held + steps - lag)
+    source = waiting if x.shape[1] <= slots_held else jnp.concatenate([waiting, x.astype(waiting.dtype)], axis=1)
+    return jnp.take_along_axis(source, index[..., None], axis=1).astype(x.dtype), came >= 0
+
+
+def _later(x: jax.Array, lag: jax.Array | int) -> jax.Array:
+    """x [B, L, F] moved by `lag` tokens to the right, zeros before it."""
+    length = x.shape[1]
+    padded = jnp.pad(x, ((0, 0), (length, 0), (0, 0)))
+    return jax.lax.dynamic_slice_in_dim(padded, length - jnp.minimum(lag, length), length, axis=1)
 
 
 def causal_conv(

@@ -7,6 +7,7 @@ each goes to is decided from its path (`allmem_jax.sharding`). Kernels are [in, 
 """
 
 import itertools
+import math
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -18,7 +19,7 @@ from allmem_jax import config as config_lib
 from allmem_jax import functional, linear_memory, sharding
 
 Rope = tuple[jax.Array, jax.Array]
-DIFFERENCE_EPS = 1e-12  # of the norm of a read-out that is small where little was written
+FLOOR = 1e-6  # of the norm of a read-out that is small where little was written, until it is fitted
 
 
 class Shared(NamedTuple):
@@ -45,13 +46,15 @@ class Shared(NamedTuple):
 class LayerState(NamedTuple):
     """One layer's part of `DecodeState`: keys, values [B, S + W, Hkv, D], conv [B, K - 1, F] and the memory's.
 
-    What a layer returns has the new tokens' keys and values [B, L, Hkv, D] instead; the model writes them.
+    What a layer returns has the new tokens' keys and values [B, L, Hkv, D], and what waits of them [B, L, F'], instead;
+    the model writes them.
     """
 
     keys: jax.Array
     values: jax.Array
     conv: Any
     memory: Any
+    waiting: Any = None
 
 
 class Linear(nn.Module):
@@ -95,6 +98,17 @@ class RMSNorm(nn.Module):
         start = nn.initializers.constant(1.0 - self.offset)
         scale = self.param("scale", start, (x.shape[-1],))
         return functional.rms_norm(x, scale, self.eps, self.offset, self.norm)
+
+
+class FlooredNorm(nn.Module):
+    """x / sqrt(mean(x^2) + floor^2) * scale over the last axis, with a floor for each head on the axis before."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """x [..., N, D] -> its shape and dtype."""
+        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
+        log_floor = self.param("log_floor", nn.initializers.constant(math.log(FLOOR)), (x.shape[-2],))
+        return functional.floored_norm(x, scale, log_floor)
 
 
 class CausalConv(nn.Module):
@@ -199,8 +213,11 @@ class Memory(nn.Module):
     @nn.compact
     def __call__(
         self, x: jax.Array, state: LayerState | None, shared: Shared
-    ) -> tuple[jax.Array, tuple[jax.Array, pallas_kernels.MemoryState] | None]:
-        """x [B, L, d] (normalised) -> alpha * memory(x) [B, L, d], and the conv tail and memory state after it."""
+    ) -> tuple[jax.Array, tuple[jax.Array, pallas_kernels.MemoryState, jax.Array | None] | None]:
+        """x [B, L, d] (normalised) -> alpha * memory(x) [B, L, d].
+
+        And, with a state, the conv tail and memory state after it and what waits of the new tokens [B, L, F'].
+        """
         c = self.config
         shape = (*x.shape[:2], c.memory_heads, c.d_mem)
         width = c.memory_heads * c.d_mem
@@ -210,6 +227,12 @@ class Memory(nn.Module):
         q = RMSNorm(c.norm_eps, norm=length, name="q_norm")(q)
         k = RMSNorm(c.norm_eps, norm=length, name="k_norm")(k)
         lr, momentum = self._rates(x)
+        there: jax.Array | bool = True
+        waiting = None
+        if c.delay and shared.window is not None and (state is None or c.lag):
+            (k, v, lr, momentum), there, waiting = _delayed(c, (k, v, lr, momentum), state, shared)
+        lr = jnp.where(there & c.write, nn.softplus(lr.astype(jnp.float32)), 0.0)
+        momentum = nn.sigmoid(momentum.astype(jnp.float32))
         init = self._initial_weights()
 
         past = None if state is None else functional.start_memory(state.memory, init, shared.position == 0)
@@ -218,23 +241,24 @@ class Memory(nn.Module):
             chunk=c.chunk, valid=real_tokens(x, shared), reset=shared.reset, read_out=c.read_out,
         )  # fmt: skip
         self._report(lr, momentum, init, after)
-        norm = RMSNorm(DIFFERENCE_EPS if c.read_out == "difference" else c.norm_eps, name="out_norm")
-        out = norm(out) if c.read_out == "full" else _where_written(norm, out, c.write)
+        if c.read_out == "full":
+            out = RMSNorm(c.norm_eps, name="out_norm")(out)
+        else:
+            out = _where_written(FlooredNorm(name="out_norm"), out, c.write)
         small = nn.initializers.variance_scaling(0.01, "fan_in", "normal")
         gate = nn.sigmoid(Linear(c.memory_heads, kernel_init=small, name="gate_proj")(x).astype(jnp.float32))
         out = (out * gate[..., None]).astype(x.dtype).reshape(*x.shape[:2], -1)
-        return projected(self, out), None if tail is None else (tail, after)
+        return projected(self, out), None if tail is None else (tail, after, waiting)
 
     def _rates(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Learning rates float32 [B, L, N, 3] (gate, up, down) and momentum float32 [B, L, N]."""
+        """Before softplus and sigmoid: learning rates [B, L, N, 3] (gate, up, down) and momentum [B, L, N]."""
         c = self.config
         small = nn.initializers.variance_scaling(0.01, "fan_in", "normal")
         lr_bias = nn.initializers.constant(jnp.log(jnp.expm1(c.lr_init)))
         momentum_bias = nn.initializers.constant(jnp.log(c.momentum_init / (1 - c.momentum_init)))
         lr = Linear(3 * c.memory_heads, True, small, lr_bias, name="lr_proj")(x)
         momentum = Linear(c.memory_heads, True, small, momentum_bias, name="momentum_proj")(x)
-        lr = nn.softplus(lr.astype(jnp.float32)).reshape(*x.shape[:2], c.memory_heads, 3)
-        return (lr if c.write else 0.0 * lr), nn.sigmoid(momentum.astype(jnp.float32))
+        return lr.reshape(*x.shape[:2], c.memory_heads, 3), momentum
 
     def _initial_weights(self) -> pallas_kernels.FastWeights:
         c = self.config
@@ -261,10 +285,32 @@ class Memory(nn.Module):
             self.sow("intermediates", name, value)
 
 
-def _where_written(norm: RMSNorm, out: jax.Array, write: bool) -> jax.Array:
+def _delayed(
+    c: config_lib.ModelConfig, tokens: tuple[jax.Array, ...], state: LayerState | None, shared: Shared
+) -> tuple[list[jax.Array], jax.Array, jax.Array]:
+    """What is written in the place of `tokens`, arrays [B, L, N, ...], when they wait until they leave the window.
+
+    Returns:
+      The same arrays of the tokens that leave; bool [B, L, 1, 1], whether there are such; and `tokens` as they wait,
+      [B, L, F'].
+    """
+    flat = [x.reshape(*x.shape[:2], -1) for x in tokens]
+    waiting = jnp.concatenate(flat, axis=-1)
+    if state is None:
+        assert shared.window is not None
+        lag = jnp.maximum(shared.window - c.chunk, 0)
+        late, there = functional.delayed(waiting, lag, segment_ids=shared.segment_ids)
+    else:
+        late, there = functional.delayed(waiting, c.lag, state.waiting, shared.position)
+    parts = jnp.split(late, list(itertools.accumulate(x.shape[-1] for x in flat))[:-1], axis=-1)
+    same = [part.reshape(x.shape) for part, x in zip(parts, tokens, strict=True)]
+    return same, there[..., None, None], waiting
+
+
+def _where_written(norm: FlooredNorm, out: jax.Array, write: bool) -> jax.Array:
     """`norm` of what was read, [B, L, N, D], and zero, with no gradient, where that is zero as nothing was written.
 
-    The norm's slope there is 1 / sqrt(eps), which makes of rounding a gradient larger than all others.
+    The norm's slope there is 1 / floor, which may make of rounding a gradient larger than all others.
     """
     written = jnp.any(out != 0, axis=-1, keepdims=True) & write
     return jnp.where(written, norm(jnp.where(written, out, 1)), 0)

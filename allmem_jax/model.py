@@ -69,7 +69,11 @@ class AllMemLM(nn.Module):
         x = x if state is not None else sharding.over_tokens(x)
         shared = self._shared(tokens, lengths, segment_ids, state, window, sinks)
         local = jnp.asarray(c.local_layers or (False,) * c.n_layers)
-        past = None if state is None else layers.LayerState(state.keys, state.values, state.conv, state.memory)
+        past = (
+            None
+            if state is None
+            else layers.LayerState(state.keys, state.values, state.conv, state.memory, state.waiting)
+        )
         stack = nn.scan(
             _rematerialised(c.remat),
             variable_axes={"params": 0, "intermediates": 0},
@@ -88,8 +92,12 @@ class AllMemLM(nn.Module):
         where = (state.position, shared.lengths, c.sinks)
         keys = functional.write_cache(state.keys, after.keys, *where)
         values = functional.write_cache(state.values, after.values, *where)
+        waiting = None
+        if state.waiting is not None:  # as a cache with no sinks and one head
+            ring, new = state.waiting[..., None, :], after.waiting[..., None, :]
+            waiting = functional.write_cache(ring, new, state.position, shared.lengths, 0)[..., 0, :]
         position = state.position + shared.lengths
-        return result, state_lib.DecodeState(position, keys, values, after.conv, after.memory, c.sinks)
+        return result, state_lib.DecodeState(position, keys, values, after.conv, after.memory, waiting, c.sinks)
 
     def _shared(self, tokens, lengths, segment_ids, state, window, sinks) -> layers.Shared:
         """Positions, rotary tables and masks that all layers use."""

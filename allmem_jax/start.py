@@ -5,8 +5,9 @@ knows all three. Its key projection makes the memory's keys and queries, and a k
 returns what followed tokens like this one; its values are stored, and its output projection takes them back. Then, on a
 little text: the direction that all inputs of a layer share is taken out of keys and queries, or every write would land
 in one place; each layer's learning rate is set so that what was written moves the read-out by the same share, since one
-rate may be a thousandth of the weights in one layer and all of them in another; and its alpha so that the memory adds
-the same share of what the attention gives, which grows a hundredfold from the first layer to the last.
+rate may be a thousandth of the weights in one layer and all of them in another; each head's
+floor at the size of what it then reads of half the tokens, so that a read counts that finds more; and its alpha so that
+the memory adds the same share of what the attention gives, which grows a hundredfold from the first layer to the last.
 
 The baselines start alike, so that comparisons are of memories and not of starts. In place of the rates, their keys and
 values are brought to a size that suits the silu behind them, and their gates to one that is open for all tokens.
@@ -233,14 +234,23 @@ def open_gates(config: config_lib.ModelConfig, memory: Any, inputs: jax.Array) -
 
 
 def calibrate(config: config_lib.ModelConfig, memory: Any, inputs: jax.Array) -> Any:
-    """One layer's memory with the bias of its learning rates at which what was written moves the read-out by MOVED."""
-    rate = _rate(config, memory, inputs)
-    return memory | {"lr_proj": memory["lr_proj"] | {"bias": jnp.full_like(memory["lr_proj"]["bias"], rate)}}
+    """One layer's memory with the bias of its learning rates at which what was written moves the read-out by MOVED.
+
+    And with the floors of its norm at the size of half of what it then reads.
+    """
+    rate, found = _rate(config, memory, inputs)
+    new = {"lr_proj": memory["lr_proj"] | {"bias": jnp.full_like(memory["lr_proj"]["bias"], rate)}}
+    if config.read_out == "difference":
+        new["out_norm"] = memory["out_norm"] | {"log_floor": jnp.log(found)}
+    return memory | new
 
 
 @functools.partial(jax.jit, static_argnames="config")
-def _rate(config: config_lib.ModelConfig, memory: Any, inputs: jax.Array) -> jax.Array:
-    """softplus^-1 of the rate at which |f(W, q) - f(W_init, q)| / |f(W_init, q)| is MOVED after WARM_UP tokens."""
+def _rate(config: config_lib.ModelConfig, memory: Any, inputs: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """softplus^-1 of the rate at which |f(W, q) - f(W_init, q)| / |f(W_init, q)| is MOVED after WARM_UP tokens.
+
+    And the median of that difference's root mean square, float32 [N].
+    """
     shape = (1, len(inputs), config.memory_heads, config.d_mem)
     norm = 1.0 if config.qk_scale == "l2" else config.d_mem**0.5
 
@@ -270,4 +280,6 @@ def _rate(config: config_lib.ModelConfig, memory: Any, inputs: jax.Array) -> jax
         return jnp.where(more, middle, low), jnp.where(more, high, middle)
 
     low, high = jax.lax.fori_loop(0, HALVINGS, halve, (jnp.float32(RATES[0]), jnp.float32(RATES[1])))
-    return jnp.log(jnp.expm1(jnp.sqrt(low * high)))
+    rate = jnp.sqrt(low * high)
+    found = jnp.median(read(rate, "difference"), axis=(0, 1)) / config.d_mem**0.5
+    return jnp.log(jnp.expm1(rate)), jnp.maximum(found, layers_lib.FLOOR)

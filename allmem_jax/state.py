@@ -32,6 +32,8 @@ class DecodeState:
       conv: [Y, B, K - 1, F], the last inputs of the memory's convolutions; None without a memory.
       memory: `MemoryState` with a leading Y; float32 [Y, B, N, Dk, Dv] for the mixers "mamba2" and "delta"; None
         without a memory.
+      waiting: [Y, B, R, F'], the last R tokens as they will be written to a memory with a delay (see
+        `functional.delayed`); None without one.
       sinks: S, static: the arrays alone do not tell a sink slot from one of the window.
     """
 
@@ -40,6 +42,7 @@ class DecodeState:
     values: jax.Array
     conv: jax.Array | None
     memory: pallas_kernels.MemoryState | jax.Array | None
+    waiting: jax.Array | None
     sinks: int = flax.struct.field(pytree_node=False)
 
 
@@ -49,8 +52,8 @@ def init_state(config: config_lib.ModelConfig, batch: int) -> DecodeState:
     The fast weights are zeros here: a row at position 0 takes the learned initial weights from the parameters.
 
     Args:
-      config: its window and sinks size the cache, its chunk plays no part. A "full" mixer has no constant state:
-        give it a "swa" mixer whose window covers the longest row instead.
+      config: its window and sinks size the cache; its chunk plays no part without a delay. A "full" mixer has no
+        constant state: give it a "swa" mixer whose window covers the longest row instead.
       batch: number of rows.
     """
     if config.mixer == "full":
@@ -58,7 +61,7 @@ def init_state(config: config_lib.ModelConfig, batch: int) -> DecodeState:
     dtype = jnp.dtype(config.dtype)
     layers = config.n_layers
     cache = (layers, batch, config.sinks + config.window, config.n_kv_heads, config.head_dim)
-    conv = memory = None
+    conv = memory = waiting = None
     if config.mixer in config_lib.MEMORY_MIXERS:
         conv = jnp.zeros((layers, batch, config.conv_kernel - 1, config.conv_channels), dtype)
     if config.mixer == "allmem":
@@ -69,8 +72,11 @@ def init_state(config: config_lib.ModelConfig, batch: int) -> DecodeState:
         memory = jax.tree.map(lambda leaf: jnp.zeros((layers, *leaf.shape), leaf.dtype), one)
     elif config.mixer in config_lib.MEMORY_MIXERS:
         memory = jnp.zeros((layers, batch, *config.linear_state_shape), jnp.float32)
+    if config.lag:
+        waiting = jnp.zeros((layers, batch, config.lag, config.waiting_channels), dtype)
     position = jnp.zeros((batch,), jnp.int32)
-    return DecodeState(position, jnp.zeros(cache, dtype), jnp.zeros(cache, dtype), conv, memory, config.sinks)
+    keys, values = jnp.zeros(cache, dtype), jnp.zeros(cache, dtype)
+    return DecodeState(position, keys, values, conv, memory, waiting, config.sinks)
 
 
 def check_state(config: config_lib.ModelConfig, batch: int, state: DecodeState) -> None:

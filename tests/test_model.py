@@ -24,6 +24,7 @@ GEMMA = TINY.replace(
     query_scale=0.3, local_layers=(True, False, True), local_window=4, local_rope_theta=100.0, n_kv_heads=1,
     rope_scaling=config_lib.RopeScaling("linear", 8.0),
 )  # fmt: skip
+DELAYED = TINY.replace(read_out="difference", delay=True, window=11)  # six tokens wait
 BIASED = TINY.replace(qkv_bias=True, o_bias=True, mlp_bias=True, tie_embeddings=False, qk_scale="rms", chunk=6)
 
 
@@ -134,7 +135,7 @@ def random_split(rng: np.random.Generator, length: int, widest: int) -> list[int
     return sizes
 
 
-@pytest.mark.parametrize("config", [TINY, GEMMA, BIASED], ids=["llama", "gemma", "biased"])
+@pytest.mark.parametrize("config", [TINY, GEMMA, BIASED, DELAYED], ids=["llama", "gemma", "biased", "delayed"])
 def test_the_law(config):
     """Prefill in one piece = in any pieces = token by token = training forward; outputs and states; ragged rows."""
     params = random_params(config)
@@ -194,8 +195,50 @@ def test_a_difference_that_writes_nothing_is_windowed_attention(config):
     assert relative(writing, theirs) > 1e-3
 
 
-def test_packed_documents_equal_separate_rows():
-    config = TINY
+def test_a_delayed_memory_is_what_another_was_a_window_ago():
+    """Less a chunk: whatever has left the window is in it. Rows are of other lengths, read in one piece and another."""
+    config = DELAYED.replace(n_layers=1, window=15)  # ten tokens wait: two chunks
+    params, tokens = random_params(config), random_tokens(2)
+    lengths = np.array([LENGTH, 23])
+    _, late = read_in_pieces(config, params, tokens, lengths, [[12, 12, 5], [3, 12, 8]])
+    _, before = step(
+        config.replace(delay=False),
+        params,
+        tokens[:, :19],
+        lengths - 10,
+        state_lib.init_state(config.replace(delay=False), 2),
+    )
+    for ours, theirs in zip(jax.tree.leaves(late.memory), jax.tree.leaves(before.memory), strict=True):
+        assert relative(ours, theirs) < 1e-5
+
+
+def test_nothing_is_added_within_the_window():
+    """Exactly, where chunks fill the window; and a traced window is the same."""
+    config = DELAYED.replace(window=10)
+    params, tokens = random_params(config), random_tokens(2)
+    ours, theirs = forward(config, params, tokens), forward(config.replace(mixer="swa"), params, tokens)
+    np.testing.assert_array_equal(ours[:, :10], theirs[:, :10])
+    assert relative(ours[:, 10:], theirs[:, 10:]) > 1e-3
+    wide = config.replace(window=20)
+    traced = jax.jit(lambda w: model.AllMemLM(wide).apply({"params": params}, tokens, window=w))
+    for window in (3, 10, 40):  # shorter than a chunk, and longer than the row
+        assert relative(traced(jnp.int32(window)), forward(config.replace(window=window), params, tokens)) < 2e-5
+
+
+def test_a_floor_keeps_small_what_is_small():
+    x = np.random.default_rng(0).normal(size=(4, 3, 2, 64)).astype("f")
+    scale = np.linspace(0.5, 2, 64, dtype="f")
+    low, high = np.log(np.float32([1e-6, 1e-6])), np.log(np.float32([1e-6, 3.0]))
+    plain = functional.rms_norm(x, scale, 0.0)
+    assert relative(functional.floored_norm(x, scale, low), plain) < 1e-5
+    rms = np.sqrt((x.astype(np.float64) ** 2).mean(-1, keepdims=True))
+    found = functional.floored_norm(x, scale, high)
+    assert relative(found[..., 0, :], plain[..., 0, :]) < 1e-5
+    assert relative(found[..., 1, :], (x / np.sqrt(rms**2 + 9) * scale)[..., 1, :]) < 1e-5
+
+
+@pytest.mark.parametrize("config", [TINY, DELAYED], ids=["at once", "delayed"])
+def test_packed_documents_equal_separate_rows(config):
     params = random_params(config)
     tokens = random_tokens(1)
     spans = [(0, 10), (10, 15), (15, 26)]  # chunk 5: on the grid
@@ -219,9 +262,8 @@ def test_state_is_constant_and_forks():
     np.testing.assert_array_equal(again, apply(tokens[:, 10:20], short)[0])
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_states_are_files(tmp_path, dtype):
-    config = TINY.replace(dtype=dtype)
+@pytest.mark.parametrize("config", [TINY.replace(dtype="bfloat16"), DELAYED.replace(window=6)])
+def test_states_are_files(tmp_path, config):
     empty = state_lib.init_state(config, 2)
     rng = np.random.default_rng(0)
     state = jax.tree.map(lambda leaf: jnp.asarray(rng.integers(0, 9, leaf.shape), leaf.dtype), empty)
@@ -249,6 +291,10 @@ def test_states_are_files(tmp_path, dtype):
         (dict(mem_expansion=3), r"the state's memory.pending.down is \(3, 2, 3, 8, 24\)"),
         (dict(n_kv_heads=1, n_mem=3), r"the state's keys is \(3, 2, 8, 1, 8\)"),
         (dict(n_layers=2), "the state's conv is"),
+        (
+            dict(delay=True),
+            r"the state's waiting is \(3, 2, 1, 60\), where mixer='allmem' and 2 rows of tokens need none",
+        ),
     ],
 )
 def test_the_state_of_another_config_is_refused(made, message):

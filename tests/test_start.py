@@ -191,3 +191,20 @@ def test_what_cannot_start_is_told():
         start.from_attention(SAME.replace(mixer="swa"), {}, TOKENS)
     with pytest.raises(ValueError, match="the text has 5 tokens; a start from attention needs 512"):
         start.from_attention(SAME, {}, TOKENS[:5])
+
+
+def test_floors_are_what_half_of_the_reads_find():
+    config = SAME
+    params = random_like(jax.eval_shape(lambda: model.init_params(config)))
+    backbone, _ = model.split_params(params)
+    memory = start.from_attention(config, backbone, TOKENS)["layers"]["memory"]
+    inputs, _ = start.layer_inputs(config, backbone, jnp.asarray(TOKENS, jnp.int32)[None])
+    for layer in range(config.n_layers):
+        own = jax.tree.map(lambda leaf: leaf[layer], memory)  # noqa: B023 (used at once)
+        shared = layers.Shared(rope=(), local_rope=(), window=None, sinks=0)
+        _, found = layers.Memory(config).apply(
+            {"params": own}, inputs[layer][None], None, shared, mutable=["intermediates"], capture_intermediates=True
+        )
+        (normed,) = found["intermediates"]["out_norm"]["__call__"]  # of size 1 / sqrt(2) where a read is at the floor
+        sizes = jnp.sqrt(jnp.mean(jnp.square(normed[0, start.WARM_UP :]), axis=-1))
+        np.testing.assert_allclose(jnp.mean(sizes < 0.5**0.5, axis=0), 0.5, atol=0.02)

@@ -11,7 +11,8 @@ from allmem_jax import config as config_lib
 from train import data, lessons
 
 # Fields of `ModelConfig` that a recipe leaves to the model where they are None.
-MEMORY = ("mixer", "write", "n_mem", "d_mem", "read_out", "qk_scale", "alpha_init", "lr_init", "momentum_init")
+MEMORY = ("mixer", "write", "n_mem", "d_mem", "read_out", "delay", "qk_scale", "alpha_init", "lr_init",
+          "momentum_init")  # fmt: skip
 
 # A continuation may differ in these and still give the same losses (to rounding, on another mesh).
 _FREE = (
@@ -119,6 +120,8 @@ class FinetuneConfig:
     """Their dimension."""
     read_out: Literal["full", "difference"] | None = None
     """What is read of the memory: f(W, q) (the paper), or its difference to that of the initial weights."""
+    delay: bool | None = None
+    """Write a token when it leaves the window, and not as it comes (the paper): the memory then adds nothing within."""
     qk_scale: Literal["l2", "rms"] | None = None
     """Norm of the memory's queries and keys: 1 (the paper) or sqrt(d_mem)."""
     alpha_init: float | None = None
