@@ -82,9 +82,10 @@ def convert(
     chunk: int | None = None,
     n_mem: int | None = None,
     d_mem: int | None = None,
-    read_out: Literal["full", "difference"] | None = None,
+    read_out: Literal["difference", "full"] | None = None,
+    delay: bool | None = None,
     qk_scale: Literal["l2", "rms"] | None = None,
-    start: Literal["random", "attention"] = "random",
+    start: Literal["attention", "random"] | None = None,
     texts: tuple[pathlib.Path, ...] = (),
     seed: int = 0,
     dtype: DType = "float32",
@@ -93,8 +94,8 @@ def convert(
     """Add a memory to a pretrained model: a fresh one, or one that was trained for it.
 
     The output scale of a fresh one starts at zero: until it is trained, the result equals the model with windowed
-    attention and sinks. The folder stays a valid Hugging Face model (the original), with the memory beside it in
-    allmem.safetensors.
+    attention and sinks. Its defaults are what was found to work; the paper's are one option away each. The folder stays
+    a valid Hugging Face model (the original), with the memory beside it in allmem.safetensors.
 
     Example: allmem convert SmolLM2-135M-Instruct.Q4_1.gguf smollm2-allmem --window 128 --sinks 4 --chunk 64
 
@@ -108,11 +109,13 @@ def convert(
             trained memory has it.
         n_mem: Heads of the memory. Default: the model's key-value heads, but at most 8, and 4 where it has one or two.
         d_mem: Dimension of a head of the memory. Default: 64.
-        read_out: What is read of the memory: f(W, q) (full, the paper and the default), or its difference to that of
-            the initial weights, which is silent until something was written.
+        read_out: What is read of the memory: the difference of f(W, q) to that of the initial weights, which is silent
+            until something was written, or f(W, q) itself (full, the paper). Default: difference.
+        delay: Write a token when it leaves the window (True), so that the memory adds nothing within, or as it comes
+            (False, the paper). Default: True.
         qk_scale: Norm of the memory's queries and keys: 1 (l2, the paper and the default) or sqrt(d_mem) (rms).
-        start: What the memory starts from: random projections, or those of each layer's attention, with learning rates
-            that are fitted to a text.
+        start: What the memory starts from: the projections of each layer's attention, with learning rates that are
+            fitted to a text, or random ones (the paper). Default: attention.
         texts: UTF-8 text files for that; default: Python's documentation.
         seed: Of the memory's initial values.
         dtype: Of the weights that are written.
@@ -129,10 +132,11 @@ def convert(
 
     _say(f"reading {model}")
     sizes = _set(dict(window=window, sinks=sinks, chunk=chunk))
-    shape = _set(dict(n_mem=n_mem, d_mem=d_mem, read_out=read_out, qk_scale=qk_scale))
+    shape = _set(dict(n_mem=n_mem, d_mem=d_mem, read_out=read_out, delay=delay, qk_scale=qk_scale))
     if memory is None:
         sizes = dict(window=4096, sinks=128, chunk=2048) | sizes
-    elif shape or start == "attention":
+        shape, start = dict(read_out="difference", delay=True) | shape, start or "attention"
+    elif shape or start:
         raise ValueError(f"memory={memory}: a trained memory is as it is; leave out {', '.join(shape) or 'start'}")
     config, params, tokenizer = convert_lib.load_pretrained(model, dtype=dtype, memory=memory, **shape, **sizes)
     config = config.replace(mixer=config.memory_mixer)
@@ -155,7 +159,10 @@ def _memory_from_attention(config: Any, backbone: Any, tokenizer: Any, texts: Se
     from allmem_jax import start as start_lib
 
     if tokenizer is None:
-        raise ValueError("start=attention reads a text: copy the original model's tokenizer.json into the folder")
+        raise ValueError(
+            "start=attention reads a text, and the model has no tokenizer: copy the original's tokenizer.json into the "
+            "folder, or give --start random"
+        )
     text = "\n".join(evaluation_report.read_texts(texts).values())[: 16 * start_lib.LENGTH]
     tokens = tokenizer.encode(text, add_special_tokens=False)[: start_lib.LENGTH]
     progress = _progress(config.n_layers, "starting the memory from the attention")

@@ -1,6 +1,6 @@
 """SmolLM2-135M on 3 million tokens of books, the size of run that the paper reports for its smallest model; one H100.
 
-    python -m train.evidence configs/smollm2_3m.py --length 4096 --needle_share 0.25     # all mixers, seeds, controls
+    python -m train.evidence configs/smollm2_3m.py --length 4096     # all mixers, seeds, controls
     python -m train.finetune configs/smollm2_3m.py --model MODEL.gguf --texts BOOKS --out out/smollm2     # one run
 
 Windows and sinks are drawn anew each step, as in the paper, between a short and a long one, and so is the chunk.
@@ -12,6 +12,11 @@ from train.recipe import FinetuneConfig
 
 config = FinetuneConfig(
     model=".cache/models/SmolLM2-135M-Instruct.Q4_1.gguf",
+    start="attention",
+    read_out="difference",
+    delay=True,
+    alpha_init=0.1,
+    lessons=0.5,
     steps=92,
     batch=8,
     seq_length=4096,

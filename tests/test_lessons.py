@@ -85,6 +85,13 @@ def test_what_models_are_judged_by_is_not_learned(read):
     assert not {word.casefold() for word in learned} & {word.casefold() for word in (*prompts.WORDS, *prompts.NAMES)}
 
 
+def test_rows_too_short_for_a_lesson_are_refused(read):
+    rows = lessons.Lessons(read, tiny.ByteTokenizer(), 80, share=1.0, seed=0)
+    with pytest.raises(ValueError, match="seq_length=80 is too short for lessons: one of '.*' takes"):
+        for index in range(20):
+            rows[index]
+
+
 def test_texts_without_words_are_refused():
     document = documents.Document("numbers", np.full(5000, ord("7"), np.int32), np.ones(5000, bool))
     with pytest.raises(ValueError, match="the texts have 0 words and 0 names"):

@@ -7,20 +7,8 @@ import jax
 import numpy as np
 import pytest
 
-from allmem_jax import model, prompts, sections
-from train import needle, recall, recall_grid
-
-
-class WordTokenizer:
-    """One token per word or mark, a leading blank included."""
-
-    def __init__(self):
-        self.ids: dict[str, int] = {}
-
-    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        del add_special_tokens
-        return [self.ids.setdefault(word, len(self.ids)) for word in text.replace(".", " .").split()]
-
+from allmem_jax import model, sections
+from train import recall, recall_grid
 
 TINY = recall.TinyModel(d_model=16, d_mem=8)
 MQAR = recall.RecallConfig(pairs=(2, 4), gap=(20, 24), batch=32, model=TINY)
@@ -136,44 +124,3 @@ def test_break_point():
     assert recall_grid.break_point([row]) == 4
     assert recall_grid.break_point([row, worse]) == 2
     assert recall_grid.break_point([{**row, "accuracy": [[24, 2, 0.1]]}]) == 0
-
-
-def test_needles_lie_before_the_window():
-    tokenizer = WordTokenizer()
-    book = np.arange(10_000, 10_500, dtype=np.int32)
-    rows = needle.Rows([book], tokenizer, 96, window=48, count=8, seed=3)
-    secrets = set()
-    for index in range(8):
-        row = rows[index]
-        assert row["tokens"].shape == row["targets"].shape == (96,)
-        assert row["mask"].tolist() == [False] * 95 + [True]
-        np.testing.assert_array_equal(row["tokens"], rows[index]["tokens"])
-        np.testing.assert_array_equal(row["tokens"][1:], row["targets"][:-1])
-        answer = row["targets"][-1]
-        (place,) = np.flatnonzero(row["tokens"] == answer)
-        assert place < 96 - 48
-        names = {index: word for word, index in tokenizer.ids.items()}
-        told = [names.get(token) for token in row["tokens"][place - 6 : place + 4].tolist()]
-        assert [*told[:4], *told[5:6]] == ["The", "secret", "word", "of", "is"]
-        assert told[7:] == [".", "Remember", "it"]
-        asked = [names.get(token) for token in row["tokens"][-6:].tolist()]
-        assert [*asked[:4], asked[5]] == ["The", "secret", "word", "of", "is"]
-        secrets.add(names[int(answer)])
-    assert secrets <= set(prompts.WORDS)
-    assert len(secrets) > 1
-
-
-def test_needles_that_cannot_fit_are_refused():
-    book = np.arange(10_000, 10_500, dtype=np.int32)
-    with pytest.raises(ValueError, match="seq_length=56 leaves no room"):
-        needle.Rows([book], WordTokenizer(), 56, window=48, count=1, seed=0)[0]
-    with pytest.raises(ValueError, match="no book is longer than seq_length=600"):
-        needle.Rows([book], WordTokenizer(), 600, window=48, count=1, seed=0)
-
-
-def test_needle_data_is_part_of_a_runs_identity():
-    book = np.arange(10_000, 10_500, dtype=np.int32)
-    make = lambda **changes: needle.Rows(  # noqa: E731
-        [book], WordTokenizer(), **({"length": 96, "window": 48, "count": 8, "seed": 3} | changes)
-    )
-    assert make().content_hash() == make().content_hash() != make(seed=4).content_hash()

@@ -418,7 +418,6 @@ def test_command_line(capsys, tmp_path, error_of):
     ("program", "arguments", "message"),
     [
         ("recall_grid", ["--seeds"], "or there is no seed"),
-        ("needle", ["score", "--model", "nowhere"], "nowhere: no such file or folder"),
         ("overhead", ["nowhere.py"], "no recipe at nowhere.py"),
         ("compare", ["a.txt", "--windows", "1"], "windows=(1,) and sinks="),
         ("demo", ["--recipe", "nowhere.py"], "no recipe at nowhere.py"),

@@ -4,13 +4,12 @@
     python -m train.evidence configs/smollm2_3m.py --length 4096      # the same question to 3 million tokens, on a GPU
 
 The control is the same module with the same start, steps, learning rate and rows, whose writing is switched off: what
-it gains is adaptation. A memory works where every seed of it beats every seed of its control; elsewhere the result
+it gains is adaptation. A memory works where every seed of it beats every seed of every control; elsewhere the result
 says "adapter-like". Two things are asked on held-out books: the share of the KL gap beyond the window that is closed,
 and whether generated answers name what was said before the window. All that is finished is kept and found again.
 """
 
 import dataclasses
-import hashlib
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,9 +20,9 @@ import numpy as np
 import tyro
 
 from allmem_jax import config as config_lib
-from allmem_jax import evals, model, report, sections, stores, tasks
+from allmem_jax import evals, report, sections, stores, tasks
 from allmem_jax import tokenizer as tokenizer_lib
-from train import books, checkpoint, data, errors, fetch, finetune, needle, stages
+from train import books, checkpoint, data, errors, fetch, finetune, stages
 from train.recipe import FinetuneConfig
 
 Mixer = Literal["allmem", "mamba2", "delta"]
@@ -42,8 +41,6 @@ class EvidenceConfig:
     """Memories to compare."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Each is of the memory's start and of the rows."""
-    needle_share: float = 0.0
-    """Share of the training rows that hold a needle and ask for it; the rest are pieces of books."""
     length: int = 512
     """Tokens of a held-out sequence."""
     sequences: int = 2
@@ -54,8 +51,6 @@ class EvidenceConfig:
     def __post_init__(self):
         if not self.mixers or not self.seeds:
             raise ValueError(f"mixers={self.mixers} and seeds={self.seeds} must name at least one each")
-        if not 0 <= self.needle_share <= 1:
-            raise ValueError(f"needle_share={self.needle_share} must be between 0 and 1")
 
 
 class Run(NamedTuple):
@@ -71,26 +66,6 @@ class Run(NamedTuple):
         return f"{self.mixer}-{self.seed}" + ("" if self.write else "-control")
 
 
-class Mixed:
-    """Rows of books, of which a share holds a needle instead; see `data.Source`."""
-
-    def __init__(self, rows: data.Source, needles: data.Source, share: float):
-        self._rows, self._needles, self._share = rows, needles, share
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-        """One row: spread evenly, `share` of them from the needles."""
-        asks = int((index + 1) * self._share) > int(index * self._share)
-        return self._needles[index % len(self._needles)] if asks else self._rows[index]
-
-    def content_hash(self) -> str:
-        """Of both sources and the share."""
-        parts = (self._rows.content_hash(), self._needles.content_hash(), str(self._share))
-        return hashlib.sha256(" ".join(parts).encode()).hexdigest()
-
-
 def run(config: EvidenceConfig) -> sections.Section:
     """Trains, judges and tells. Returns the section, which is also in OUT/section.json."""
     stores.local_only(config.out, "out")
@@ -101,7 +76,7 @@ def run(config: EvidenceConfig) -> sections.Section:
     recipe = dataclasses.replace(recipe, export=False)
     pretrained = finetune.load(recipe)
     pretrained = pretrained._replace(origin=checkpoint.content_hash(pretrained.backbone))
-    rows = training_rows(config, recipe, pretrained.tokenizer)
+    rows = finetune.read_rows(recipe, pretrained, recipe.texts)
     folder = config.out / stages.key(learnt(recipe, pretrained, rows))
     stages.say(f"what each run makes is kept in {folder}")
     results = []
@@ -126,27 +101,14 @@ def learnt(recipe: FinetuneConfig, pretrained: finetune.Pretrained, rows: data.S
     return {name: value for name, value in finetune.identity(recipe, pretrained, rows).items() if name not in own}
 
 
-def training_rows(config: EvidenceConfig, recipe: FinetuneConfig, tokenizer: Any) -> data.Source:
-    """Pieces of the training books and, where they are asked for, rows with needles in the same books."""
-    documents = data.load_documents(recipe.texts, tokenizer, Path(recipe.cache), end_of_text=recipe.end_of_text)
-    rows = data.Rows(documents, recipe.seq_length)
-    if not config.needle_share:
-        return rows
-    needles = needle.Rows(
-        [document.tokens for document in documents], tokenizer, recipe.seq_length,
-        window=recipe.window[1], count=len(rows), seed=0,
-    )  # fmt: skip
-    return Mixed(rows, needles, config.needle_share)
-
-
 def distil(each: Run, recipe: FinetuneConfig, pretrained: finetune.Pretrained, rows: data.Source, folder: Path) -> None:
-    """Trains one run, or finds it trained."""
-    out = folder / each.name
+    """Trains one run, or finds it trained. A run and its control start from the same memory."""
     fields: dict[str, Any] = {"mixer": each.mixer, "write": each.write}
+    recipe = dataclasses.replace(recipe, **fields, seed=each.seed, out=str(folder / each.name))
     model_config = pretrained.config.replace(**fields)
     stages.say(f"distilling {each.name}: {recipe.steps} steps of {recipe.batch * recipe.seq_length} tokens")
-    start = pretrained._replace(config=model_config, memory=model.init_memory(model_config, each.seed))
-    finetune.run(dataclasses.replace(recipe, **fields, seed=each.seed, out=str(out)), start, rows)
+    memory = finetune.new_memory(recipe, model_config.replace(write=True), pretrained.backbone, pretrained.tokenizer)
+    finetune.run(recipe, pretrained._replace(config=model_config, memory=memory), rows)
 
 
 def variant(each: Run, config: config_lib.ModelConfig, folder: Path) -> evals.Variant:
@@ -225,11 +187,11 @@ def describe(config: EvidenceConfig, recipe: FinetuneConfig, results: Sequence[d
     tokens = recipe.steps * recipe.batch * recipe.seq_length
     sentences.append(
         f"{Path(recipe.model).stem}, window {recipe.window[1]}, sinks {recipe.sinks[1]}, chunk {max(recipe.chunk)}. "
-        f"Each of {len(config.seeds)} seeds saw {tokens} tokens, {config.needle_share:.0%} of the rows with a needle, "
+        f"Each of {len(config.seeds)} seeds saw {tokens} tokens, {recipe.lessons:.0%} of the rows lessons, "
         f"and is judged on {config.sequences} sequences of {config.length} tokens of each held-out book. A control is "
         "the same module, start, steps and rows with its writing off. A memory works where every seed of it beats "
-        "every seed of its control. The delta rule's memory is linear and starts empty, so its control is silent and "
-        "cannot adapt: it has to beat the other controls too."
+        "every seed of every control: a linear memory that writes nothing is silent, as is the difference of one that "
+        "is not linear, and what is silent cannot adapt."
     )
     data_ = {"closed": _flat(closed), "answers": _flat(told), "results": list(results)}
     return sections.Section(
@@ -240,14 +202,13 @@ def describe(config: EvidenceConfig, recipe: FinetuneConfig, results: Sequence[d
 
 
 def works(mixer: str, values: dict[Any, list[float]]) -> bool:
-    """Whether a memory beats its control beyond the spread of the seeds.
+    """Whether a memory beats all controls beyond the spread of the seeds.
 
     Args:
-      mixer: "delta" is held to the controls of all mixers, as its own is silent.
+      mixer: one of those in `values`; its own control may be silent, and so no measure of what adapting gains.
       values: (mixer, whether it writes) -> one number for each seed.
     """
-    controls = [name for name, write in values if not write] if mixer == "delta" else [mixer]
-    return min(values[mixer, True]) > max(max(values[name, False]) for name in controls)
+    return min(values[mixer, True]) > max(max(found) for (_, write), found in values.items() if not write)
 
 
 def _verdict(mixer: str, what: str, values: dict[Any, list[float]]) -> str:

@@ -73,14 +73,14 @@ def load(config: FinetuneConfig) -> Pretrained:
         raise ValueError(f"{config.model} has no tokenizer, which the texts need; add its tokenizer.json")
     backbone, memory = model.split_params(params)
     fields = config.student(loaded, remembers=bool(memory))
-    return Pretrained(fields, backbone, memory or _new_memory(config, fields, backbone, found), found)
+    return Pretrained(fields, backbone, memory or new_memory(config, fields, backbone, found), found)
 
 
-def _new_memory(config: FinetuneConfig, fields: config_lib.ModelConfig, backbone: Any, found: Any) -> model.Params:
-    """A memory that no training has seen, made as the recipe says."""
+def new_memory(config: FinetuneConfig, fields: config_lib.ModelConfig, backbone: Any, tokenizer: Any) -> model.Params:
+    """A memory that no training has seen, made as the recipe says, for a model of config `fields`."""
     if config.start == "random":
         return model.init_memory(fields, config.seed)
-    documents = data.load_documents(config.texts or config.mixture[0].texts, found, config.cache)
+    documents = data.load_documents(config.texts or config.mixture[0].texts, tokenizer, config.cache)
     longest = int(np.argmax(documents.lengths))
     tokens, _ = documents.take(longest, 0, start_lib.LENGTH)
     return start_lib.from_attention(fields, backbone, tokens, config.seed)
