@@ -10,7 +10,10 @@ from allmem_jax import memory_file
 from train import curriculum, finetune, tiny
 from train.recipe import FinetuneConfig
 
-STAGES = (dict(steps=3, seq_length=96, window=(8, 8)), dict(steps=2, seq_length=160, window=(8, 16), lessons=0.5))
+STAGES = (
+    dict(steps=3, seq_length=96, window=(8, 8)),
+    dict(steps=2, seq_length=160, window=(8, 16), lessons=0.5, delay=True),
+)
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +40,7 @@ def test_a_stage_goes_on_from_the_memory_before_it(config, tmp_path):
     untrained = np.abs(same["alpha"] - start.memory["layers"]["memory"]["alpha"]).max()
     assert untrained > np.abs(same["alpha"] - first["layers"]["memory"]["alpha"]).max() > 0
     found, memory = memory_file.load(path, tiny.CONFIG)
-    assert (found.window, found.chunk, found.read_out) == (16, 8, "difference")
+    assert (found.window, found.chunk, found.read_out, found.delay) == (16, 8, "difference", True)
     np.testing.assert_array_equal(memory["layers"]["memory"]["alpha"], second["layers"]["memory"]["alpha"])
 
 

@@ -86,8 +86,8 @@ def test_what_models_are_judged_by_is_not_learned(read):
 
 
 def test_rows_too_short_for_a_lesson_are_refused(read):
-    rows = lessons.Lessons(read, tiny.ByteTokenizer(), 80, share=1.0, seed=0)
-    with pytest.raises(ValueError, match="seq_length=80 is too short for lessons: one of '.*' takes"):
+    rows = lessons.Lessons(read, tiny.ByteTokenizer(), 60, share=1.0, seed=0)
+    with pytest.raises(ValueError, match="seq_length=60 is too short for lessons: one of '.*' takes"):
         for index in range(20):
             rows[index]
 

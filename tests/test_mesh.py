@@ -15,7 +15,7 @@ from train import steps
 
 CONFIG = config_lib.ModelConfig(
     vocab_size=96, d_model=32, n_layers=2, n_heads=8, n_kv_heads=4, head_dim=8, d_ff=64, window=16, sinks=2, chunk=8,
-    d_mem=8,
+    d_mem=8, delay=True,
 )
 rng = np.random.default_rng(0)
 tokens = rng.integers(0, 96, (8, 65)).astype(np.int32)

@@ -162,10 +162,11 @@ class Lessons:
         before = [frame.first, *[frame.then] * (len(asked) - 1)]
         taken = sum(map(len, [frame.head, *told, *before, *itertools.chain(*asked)])) + len(asked) * len(frame.answer)
         size = self._length + 1 - taken
-        if size <= CUE + ANSWER:
+        least = 1 + CUE + ANSWER if kind == "quotes" else 1  # tokens of prose
+        if size < least:
             raise ValueError(
                 f"seq_length={self._length} is too short for lessons: one of {kind!r} takes {taken} tokens, and "
-                f"{CUE + ANSWER} or more must be prose"
+                f"{least} or more must be prose"
             )
         places = np.sort(rng.integers(0, size * 9 // 10 + 1, len(told))).tolist()
         body, _ = prompts.weave(self._cut(rng, size), list(zip(places, told, strict=True)))

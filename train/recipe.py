@@ -13,6 +13,7 @@ from train import data, lessons
 # Fields of `ModelConfig` that a recipe leaves to the model where they are None.
 MEMORY = ("mixer", "write", "n_mem", "d_mem", "read_out", "delay", "qk_scale", "alpha_init", "lr_init",
           "momentum_init")  # fmt: skip
+_ANEW = ("write", "delay")  # of these: what any memory can be trained with, as they have no parameters
 
 # A continuation may differ in these and still give the same losses (to rounding, on another mesh).
 _FREE = (
@@ -44,7 +45,7 @@ class FinetuneConfig:
     mixer: Literal["allmem", "mamba2", "delta"] | None = None
     """Which memory: AllMem's, or a baseline in its place, as large in parameters, that writes every token. None, here
     and in what follows on the memory, is as the model has it, or the default of `ModelConfig` for a new memory. What
-    differs from a memory that the model has already is an error, but for `write`."""
+    differs from a memory that the model has already is an error, but for `write` and `delay`."""
     write: bool | None = None
     """False holds the memory's learning rate (a baseline's step or beta) at zero: the control that tells memory from
     mere adaptation."""
@@ -247,7 +248,7 @@ class FinetuneConfig:
         """
         found = found.replace(mixer=found.memory_mixer, n_mem=found.memory_heads)
         given = {name: getattr(self, name) for name in MEMORY if getattr(self, name) is not None}
-        other = [name for name in given if name != "write" and given[name] != getattr(found, name)]
+        other = [name for name in given if name not in _ANEW and given[name] != getattr(found, name)]
         if remembers and other:
             differing = ", ".join(f"{name}={given[name]!r} (it has {getattr(found, name)!r})" for name in other)
             raise ValueError(
