@@ -36,33 +36,21 @@ def per_channel(x: jax.Array, like: jax.Array) -> jax.Array:
     return jnp.broadcast_to(x.astype(jnp.float32), like.shape)
 
 
-def rms_norm(x: jax.Array, scale: jax.Array, eps: float, offset: float = 0.0, norm: float | None = None) -> jax.Array:
-    """x / rms(x) * (offset + scale) over the last axis, in float32 and back, then `l2_normalise` if `norm` is given."""
+def rms_norm(
+    x: jax.Array, scale: jax.Array, eps: jax.Array | float, offset: float = 0.0, norm: float | None = None
+) -> jax.Array:
+    """x / rms(x) * (offset + scale) over the last axis, in float32 and back, then `l2_normalise` if `norm` is given.
 
-    def normalise(x, scale):
+    `eps`, on the mean square, may be [..., 1].
+    """
+
+    def normalise(x, scale, eps):
         wide = x.astype(jnp.float32)
         wide = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + eps)
         y = (wide * (offset + per_channel(scale, x))).astype(x.dtype)
         return y if norm is None else l2_normalise(y, norm)
 
-    return recomputed(normalise)(x, scale)
-
-
-def floored_norm(x: jax.Array, scale: jax.Array, log_floor: jax.Array) -> jax.Array:
-    """x / sqrt(mean(x^2) + floor^2) * scale over the last axis, in float32 and back.
-
-    Args:
-      x: [..., N, D]; scale: [D].
-      log_floor: [N]. What is smaller than its head's floor stays small.
-    """
-
-    def normalise(x, scale, log_floor):
-        wide = x.astype(jnp.float32)
-        floor = jnp.exp(2 * per_channel(log_floor, x[..., 0]))[..., None]
-        wide = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + floor)
-        return (wide * per_channel(scale, x)).astype(x.dtype)
-
-    return recomputed(normalise)(x, scale, log_floor)
+    return recomputed(normalise)(x, scale, eps)
 
 
 def l2_normalise(x: jax.Array, norm: float = 1.0, eps: float = 1e-6) -> jax.Array:

@@ -108,7 +108,8 @@ class FlooredNorm(nn.Module):
         """x [..., N, D] -> its shape and dtype."""
         scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
         log_floor = self.param("log_floor", nn.initializers.constant(math.log(FLOOR)), (x.shape[-2],))
-        return functional.floored_norm(x, scale, log_floor)
+        floor = jnp.exp(functional.per_channel(log_floor, x[..., 0]))
+        return functional.rms_norm(x, scale, jnp.square(floor)[..., None])
 
 
 class CausalConv(nn.Module):

@@ -5,9 +5,9 @@ knows all three. Its key projection makes the memory's keys and queries, and a k
 returns what followed tokens like this one; its values are stored, and its output projection takes them back. Then, on a
 little text: the direction that all inputs of a layer share is taken out of keys and queries, or every write would land
 in one place; each layer's learning rate is set so that what was written moves the read-out by the same share, since one
-rate may be a thousandth of the weights in one layer and all of them in another; each head's
-floor at the size of what it then reads of half the tokens, so that a read counts that finds more; and its alpha so that
-the memory adds the same share of what the attention gives, which grows a hundredfold from the first layer to the last.
+rate may be a thousandth of the weights in one layer and all of them in another; each head's floor is the median size
+of what it then reads, so that a read counts that finds more; and alpha is such that the memory adds the same share of
+what the attention gives, which grows a hundredfold from the first layer to the last.
 
 The baselines start alike, so that comparisons are of memories and not of starts. In place of the rates, their keys and
 values are brought to a size that suits the silu behind them, and their gates to one that is open for all tokens.
@@ -71,6 +71,7 @@ def from_attention(
         raise ValueError(f"mixer={config.mixer!r} has no memory that could start from attention")
     if len(tokens) < 2 * WARM_UP:
         raise ValueError(f"the text has {len(tokens)} tokens; a start from attention needs {2 * WARM_UP} at least")
+    config = config.replace(write=True)  # a control that writes nothing starts as what it is held against
     fresh = model.init_memory(config, seed)["layers"]["memory"]
     inputs, sizes = layer_inputs(config, params, jnp.asarray(tokens, jnp.int32)[None])  # [Y, T, d], [Y]
     attention = jax.tree.map(lambda leaf: np.asarray(leaf, np.float32), params["layers"]["attention"])
@@ -236,7 +237,7 @@ def open_gates(config: config_lib.ModelConfig, memory: Any, inputs: jax.Array) -
 def calibrate(config: config_lib.ModelConfig, memory: Any, inputs: jax.Array) -> Any:
     """One layer's memory with the bias of its learning rates at which what was written moves the read-out by MOVED.
 
-    And with the floors of its norm at the size of half of what it then reads.
+    And with the floors of its norm at the median size of what its heads then read.
     """
     rate, found = _rate(config, memory, inputs)
     new = {"lr_proj": memory["lr_proj"] | {"bias": jnp.full_like(memory["lr_proj"]["bias"], rate)}}

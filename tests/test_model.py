@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from allmem_jax import config as config_lib
-from allmem_jax import functional, model
+from allmem_jax import functional, layers, model
 from allmem_jax import state as state_lib
 
 pytestmark = pytest.mark.core
@@ -229,10 +229,11 @@ def test_a_floor_keeps_small_what_is_small():
     x = np.random.default_rng(0).normal(size=(4, 3, 2, 64)).astype("f")
     scale = np.linspace(0.5, 2, 64, dtype="f")
     low, high = np.log(np.float32([1e-6, 1e-6])), np.log(np.float32([1e-6, 3.0]))
+    normed = lambda floor: layers.FlooredNorm().apply({"params": {"scale": scale, "log_floor": floor}}, x)  # noqa: E731
     plain = functional.rms_norm(x, scale, 0.0)
-    assert relative(functional.floored_norm(x, scale, low), plain) < 1e-5
+    assert relative(normed(low), plain) < 1e-5
     rms = np.sqrt((x.astype(np.float64) ** 2).mean(-1, keepdims=True))
-    found = functional.floored_norm(x, scale, high)
+    found = normed(high)
     assert relative(found[..., 0, :], plain[..., 0, :]) < 1e-5
     assert relative(found[..., 1, :], (x / np.sqrt(rms**2 + 9) * scale)[..., 1, :]) < 1e-5
 

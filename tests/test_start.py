@@ -208,3 +208,12 @@ def test_floors_are_what_half_of_the_reads_find():
         (normed,) = found["intermediates"]["out_norm"]["__call__"]  # of size 1 / sqrt(2) where a read is at the floor
         sizes = jnp.sqrt(jnp.mean(jnp.square(normed[0, start.WARM_UP :]), axis=-1))
         np.testing.assert_allclose(jnp.mean(sizes < 0.5**0.5, axis=0), 0.5, atol=0.02)
+
+
+@pytest.mark.parametrize("mixer", ["allmem", *BASELINES])
+def test_a_control_starts_as_what_it_is_held_against(mixer):
+    config = SAME.replace(mixer=mixer, alpha_init=0.1)
+    backbone = random_like(shapes(config)[0])
+    ours, theirs = (start.from_attention(config.replace(write=write), backbone, TOKENS) for write in (True, False))
+    jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+    assert np.isfinite(ours["layers"]["memory"]["alpha"]).all()

@@ -81,9 +81,14 @@ def run(config: EvidenceConfig) -> sections.Section:
     stages.say(f"what each run makes is kept in {folder}")
     results = []
     for seed in config.seeds:
-        runs = [Run(mixer, seed, write) for mixer in config.mixers for write in (True, False)]
-        for each in runs:
-            distil(each, recipe, pretrained, rows, folder)
+        runs = []
+        for mixer in config.mixers:
+            seeded = dataclasses.replace(recipe, mixer=mixer, seed=seed)
+            start = pretrained._replace(config=pretrained.config.replace(mixer=mixer))
+            memory = finetune.new_memory(seeded, start.config, start.backbone, start.tokenizer)
+            for each in (Run(mixer, seed, True), Run(mixer, seed, False)):
+                distil(each, seeded, start._replace(memory=memory), rows, folder)
+                runs.append(each)
         variants = [variant(each, pretrained.config, folder) for each in runs]
         results.append(judge(config, pretrained, variants, folder, seed))
     section = describe(config, recipe, results)
@@ -102,13 +107,10 @@ def learnt(recipe: FinetuneConfig, pretrained: finetune.Pretrained, rows: data.S
 
 
 def distil(each: Run, recipe: FinetuneConfig, pretrained: finetune.Pretrained, rows: data.Source, folder: Path) -> None:
-    """Trains one run, or finds it trained. A run and its control start from the same memory."""
-    fields: dict[str, Any] = {"mixer": each.mixer, "write": each.write}
-    recipe = dataclasses.replace(recipe, **fields, seed=each.seed, out=str(folder / each.name))
-    model_config = pretrained.config.replace(**fields)
+    """Trains one run, or finds it trained; the recipe, model and memory are its mixer's and its seed's."""
     stages.say(f"distilling {each.name}: {recipe.steps} steps of {recipe.batch * recipe.seq_length} tokens")
-    memory = finetune.new_memory(recipe, model_config.replace(write=True), pretrained.backbone, pretrained.tokenizer)
-    finetune.run(recipe, pretrained._replace(config=model_config, memory=memory), rows)
+    recipe = dataclasses.replace(recipe, write=each.write, out=str(folder / each.name))
+    finetune.run(recipe, pretrained._replace(config=pretrained.config.replace(write=each.write)), rows)
 
 
 def variant(each: Run, config: config_lib.ModelConfig, folder: Path) -> evals.Variant:
