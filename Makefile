@@ -23,11 +23,11 @@ help:
 	@echo 'make clean      remove environments and caches; downloads (.cache/) and results (out/) stay'
 
 demo: $(VENV)/demo.stamp
-	$(RUN) -m train.demo
+	$(RUN) -m train.experiments.demo
 
 evidence: $(VENV)/demo.stamp
-	$(RUN) -m train.recall_grid
-	$(RUN) -m train.evidence
+	$(RUN) -m train.experiments.recall_grid
+	$(RUN) -m train.experiments.evidence
 
 test: $(VENV)/dev.stamp
 	$(RUN) -m ruff format --check .

@@ -2,21 +2,31 @@
 
 from typing import Any
 
-from allmem_jax.config import ModelConfig, RopeScaling, preset
-from allmem_jax.generation import Sampling, generate
-from allmem_jax.model import AllMemLM
-from allmem_jax.state import DecodeState, init_state, load_state, save_state
+from allmem_jax.decoding.generation import Sampling, generate
+from allmem_jax.model.config import ModelConfig, RopeScaling, preset
+from allmem_jax.model.lm import AllMemLM
+from allmem_jax.model.state import DecodeState, init_state, load_state, save_state
 
 __all__ = [
-    "AllMemLM", "DecodeState", "ModelConfig", "RopeScaling", "Sampling", "generate", "init_state", "load_pretrained",
-    "load_state", "preset", "save_pretrained", "save_state",
-]  # fmt: skip
+    "AllMemLM",
+    "DecodeState",
+    "ModelConfig",
+    "RopeScaling",
+    "Sampling",
+    "generate",
+    "init_state",
+    "load_pretrained",
+    "load_state",
+    "preset",
+    "save_pretrained",
+    "save_state",
+]
 
 
 def __getattr__(name: str) -> Any:
     """Imports `convert`, and transformers with it, only when a checkpoint is read or written."""
     if name in ("load_pretrained", "save_pretrained"):
-        from allmem_jax import convert
+        from allmem_jax.checkpoints import convert
 
         return getattr(convert, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -4,9 +4,8 @@
     python -m train.finetune configs/demo.py --texts .cache/text/shakespeare --out out/smollm2
 
 The window, sinks and chunk are fixed: at 16,000 tokens there is nothing to spread over a range, and one chunk is one
-compilation. The memory starts from the attention and reads the difference to its initial weights, so that with writing
-off it is windowed attention itself. The long decay and the weight inside the window keep what the memory disturbs there
-small, at the price of part of what it removes beyond.
+compilation. The memory starts from the attention, reads the difference to its initial weights, so that with writing off
+it is windowed attention itself, and takes a token when it leaves the window, so that within it nothing is disturbed.
 """
 
 from train.recipe import FinetuneConfig
@@ -15,6 +14,7 @@ config = FinetuneConfig(
     model=".cache/models/SmolLM2-135M-Instruct.Q4_1.gguf",
     start="attention",
     read_out="difference",
+    delay=True,
     alpha_init=0.05,
     steps=16,
     batch=1,
@@ -26,7 +26,6 @@ config = FinetuneConfig(
     learning_rate=1e-3,
     warmup=2,
     decay=0.5,
-    inside_weight=8.0,
     checkpoint_every=4,
     log_every=1,
 )

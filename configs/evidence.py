@@ -1,4 +1,4 @@
-"""SmolLM2-135M on 4,096 tokens of books: what `python -m train.evidence` trains for every mixer, seed and control.
+"""SmolLM2-135M on 4,096 tokens of books, for every mixer, seed and control: `python -m train.experiments.evidence`.
 
 Half the window and a quarter of the tokens of the demo, so that a 2-core CPU can do its 18 runs. What is trained
 on so little adapts and no more is expected of it; `smollm2_3m.py` is the same question put with 3 million.

@@ -7,8 +7,8 @@ Put the corpus in data/web (--texts FOLDER ...) as .parquet, .arrayrecord or .js
 take 4 bytes each in `cache`, which every host must see. Only the tokenizer is taken from the folder. A step is 256 rows
 of 8,192 tokens, 2.1 million in all, 4 rows a chip; every document starts on the grid of chunks.
 
-Not run yet: the learning rate and the memory's start are guesses, not results. By the formulas of train/flops.py at
-40 % of the peak: 1.5 s a step, 3.9 hours for 9,536 steps, 250 device hours. A device needs 9.4 of 95 GiB by the plan
+Not run yet: the learning rate and the memory's start are guesses, not results. By the formulas of train/loop/flops.py
+at 40 % of the peak: 1.5 s a step, 3.9 hours for 9,536 steps, 250 device hours. A device needs 9.4 of 95 GiB by the plan
 (--compile_only v5p:4x4x4), so --remat dots, which computes less twice, may fit as well.
 """
 

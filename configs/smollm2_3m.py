@@ -1,10 +1,10 @@
 """SmolLM2-135M on 3 million tokens of books, the size of run that the paper reports for its smallest model; one H100.
 
-    python -m train.evidence configs/smollm2_3m.py --length 4096     # all mixers, seeds, controls
+    python -m train.experiments.evidence configs/smollm2_3m.py --length 4096     # all mixers, seeds, controls
     python -m train.finetune configs/smollm2_3m.py --model MODEL.gguf --texts BOOKS --out out/smollm2     # one run
 
-Windows and sinks are drawn anew each step, as in the paper, between a short and a long one, and so is the chunk.
-Not run to the end yet: no figure in this project comes from it. By the formulas of train/flops.py at 40 % of the peak
+Windows and sinks are drawn anew each step, as in the paper, between a short and a long one, and so is the chunk. Not
+run to the end yet: no figure in this project comes from it. By the formulas of train/loop/flops.py at 40 % of the peak
 one run takes 8 seconds of steps, so compiling two chunk sizes and reading the model are most of it.
 """
 

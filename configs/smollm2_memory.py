@@ -1,13 +1,13 @@
 """The memory of SmolLM2-135M-Instruct that comes with this package: four minutes on one H200, then 47 on a CPU.
 
-    python -m train.books out/texts
+    python -m train.data.books out/texts
     python -m train.curriculum configs/smollm2_memory.py --texts out/texts --out out/smollm2 \
         --card configs/smollm2_memory.md
 
-11.3 million tokens of 72 plays and poems, most rows of which are lessons (`train/lessons.py`): first short rows full of
-facts at the smallest window, then longer ones with lists, variables, quotations and prose, at windows drawn anew each
-step. Cross-entropy on the answers, in nats, at the first and the last tenth of each stage, the original's beside it,
-and tokens per second:
+11.3 million tokens of 72 plays and poems, most rows of which are lessons (`train/data/lessons.py`): first short rows
+full of facts at the smallest window, then longer ones with lists, variables, quotations and prose, at windows drawn
+anew each step. Cross-entropy on the answers, in nats, at the first and the last tenth of each stage, the original's
+beside it, and tokens per second:
 
     stage                        first   last   original   tokens/s
     1    250 x 32 x   320         3.99   0.04       0.75     89,000

@@ -44,9 +44,13 @@ def serving(
 
 
 def with_gradient(
-    forward: Callable[..., Any], backward: Callable[..., Any], *, value: Callable[..., Any] | None = None,
-    fixed: int, constants: int,
-) -> Callable[..., Any]:  # fmt: skip
+    forward: Callable[..., Any],
+    backward: Callable[..., Any],
+    *,
+    value: Callable[..., Any] | None = None,
+    fixed: int,
+    constants: int,
+) -> Callable[..., Any]:
     """Returns a function whose gradient is `backward`.
 
     Args:

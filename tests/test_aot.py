@@ -8,10 +8,11 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from allmem_jax import config as config_lib
-from allmem_jax import model, sharding
-from pallas_kernels import compiling, topology, tpu_kind
-from train import plan, steps
+from allmem_jax.model import config as config_lib
+from allmem_jax.model import lm, sharding
+from pallas_kernels import tpu_kind
+from pallas_kernels.tools import compiling, topology
+from train.loop import plan, steps
 from train.recipe import FinetuneConfig
 
 pytestmark = pytest.mark.aot
@@ -95,8 +96,8 @@ def test_a_training_step_of_qwen3_compiles(name):
             lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, sharding.tree_shardings(tree, mesh)
         )
 
-    params = jax.eval_shape(model.AllMemLM(config).init, jax.random.key(0), jnp.zeros((1, 8), jnp.int32))["params"]
-    backbone, memory = model.split_params(params)
+    params = jax.eval_shape(lm.AllMemLM(config).init, jax.random.key(0), jnp.zeros((1, 8), jnp.int32))["params"]
+    backbone, memory = lm.split_params(params)
     optimizer = steps.make_optimizer(lambda count: 1e-4, (0.9, 0.95), 0.0, 1.0)
     state = place(jax.eval_shape(lambda tree: steps.init_state(tree, optimizer), memory))
     place_row = lambda *shape, dtype: jax.ShapeDtypeStruct(  # noqa: E731
@@ -129,9 +130,17 @@ LONG = [
 def test_long_distillation_of_qwen3_fits(name, shape, rows, length):
     """The step as it is trained, teacher and student: it fits, and nowhere are there logits of a sequence."""
     recipe = FinetuneConfig(
-        model="qwen3-1.7b", out="unused", batch=rows, seq_length=length, window=(512, 8192), sinks=(0, 256),
-        chunk=(512,), dtype="bfloat16", backbone_dtype="bfloat16", mesh=shape,
-    )  # fmt: skip
+        model="qwen3-1.7b",
+        out="unused",
+        batch=rows,
+        seq_length=length,
+        window=(512, 8192),
+        sinks=(0, 256),
+        chunk=(512,),
+        dtype="bfloat16",
+        backbone_dtype="bfloat16",
+        mesh=shape,
+    )
     config = plan.planned_config(recipe)
     found = plan.compile_step(recipe, config, topology.mesh(name, shape, sharding.AXES))
     assert found.peak < plan.DEVICES[name.split(":")[0]][1]

@@ -10,20 +10,31 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from allmem_jax import config as config_lib
-from allmem_jax import convert, families, gguf_reader, model
+from allmem_jax.checkpoints import convert, families, gguf_reader
+from allmem_jax.model import config as config_lib
+from allmem_jax.model import lm
 
 TINY = config_lib.ModelConfig(
-    vocab_size=37, d_model=16, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=8, d_ff=24, window=8, sinks=1, chunk=4,
-    d_mem=4, mixer="allmem",
-)  # fmt: skip
+    vocab_size=37,
+    d_model=16,
+    n_layers=2,
+    n_heads=4,
+    n_kv_heads=2,
+    head_dim=8,
+    d_ff=24,
+    window=8,
+    sinks=1,
+    chunk=4,
+    d_mem=4,
+    mixer="allmem",
+)
 
 
 def backbone(config: config_lib.ModelConfig, seed: int = 0) -> dict:
     rng = np.random.default_rng(seed)
-    return convert._nest({
-        path: rng.normal(size=shape).astype(np.float32) for path, shape in families.param_shapes(config).items()
-    })  # fmt: skip
+    return convert._nest(
+        {path: rng.normal(size=shape).astype(np.float32) for path, shape in families.param_shapes(config).items()}
+    )
 
 
 @pytest.fixture
@@ -43,10 +54,19 @@ def gguf_path(tmp_path) -> pathlib.Path:
     writer.add_head_count(4)
     writer.add_head_count_kv(2)
     rng = np.random.default_rng(0)
-    shapes = {"token_embd": (37, 32), "output_norm": (32,), "blk.0.attn_norm": (32,), "blk.0.ffn_norm": (32,),
-              "blk.0.attn_q": (32, 32), "blk.0.attn_k": (16, 32), "blk.0.attn_v": (16, 32),
-              "blk.0.attn_output": (32, 32), "blk.0.ffn_gate": (32, 32), "blk.0.ffn_up": (32, 32),
-              "blk.0.ffn_down": (32, 32)}  # fmt: skip
+    shapes = {
+        "token_embd": (37, 32),
+        "output_norm": (32,),
+        "blk.0.attn_norm": (32,),
+        "blk.0.ffn_norm": (32,),
+        "blk.0.attn_q": (32, 32),
+        "blk.0.attn_k": (16, 32),
+        "blk.0.attn_v": (16, 32),
+        "blk.0.attn_output": (32, 32),
+        "blk.0.ffn_gate": (32, 32),
+        "blk.0.ffn_up": (32, 32),
+        "blk.0.ffn_down": (32, 32),
+    }
     for name, shape in shapes.items():
         writer.add_tensor(f"{name}.weight", rng.normal(size=shape).astype(np.float32))
     for name, size in (("q", 32), ("k", 16), ("v", 16)):
@@ -116,8 +136,8 @@ def test_checkpoint_of_another_config(folder):
 
 
 def test_memory_of_another_config(tmp_path):
-    shapes = jax.eval_shape(lambda: model.init_memory(TINY))
-    params = model.merge_params(backbone(TINY), jax.tree.map(lambda leaf: np.ones(leaf.shape, np.float32), shapes))
+    shapes = jax.eval_shape(lambda: lm.init_memory(TINY))
+    params = lm.merge_params(backbone(TINY), jax.tree.map(lambda leaf: np.ones(leaf.shape, np.float32), shapes))
     convert.save_pretrained(tmp_path / "out", TINY, params)
     with pytest.raises(ValueError, match="wrong shape: alpha|wrong shape: fast_gate"):
         convert.load_pretrained(tmp_path / "out", n_mem=3)

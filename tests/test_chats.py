@@ -6,8 +6,8 @@ import pytest
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
-from allmem_jax import tokenizer as tokenizer_lib
-from train import documents, prompts
+from allmem_jax.checkpoints import tokenizer as tokenizer_lib
+from train.data import documents, prompts
 
 pytestmark = pytest.mark.core
 
@@ -93,14 +93,20 @@ THOUGHT = "<think>\ngreet\n</think>\n\nhello"
         (THINKS, say("hi", "hello"), "<think>\n\n</think>\n\nhello<|im_end|>"),
         (THINKS, say("hi", THOUGHT), "<think>\ngreet\n</think>\n\nhello<|im_end|>"),
         (THINKS, say("hi", "hello", "bye", THOUGHT), "hello<|im_end|><think>\ngreet\n</think>\n\nhello<|im_end|>"),
-        (THINKS, say("hi", THOUGHT, "bye", "a", "b", "c"),
-         "hello<|im_end|>a<|im_end|><think>\n\n</think>\n\nc<|im_end|>"),
-        (THINKS.replace("asks", "'<think>\n'"), say("hi", THOUGHT, "b", "<c>"),
-         "hello<|im_end|>\n</think>\n\n<c><|im_end|>"),
+        (
+            THINKS,
+            say("hi", THOUGHT, "bye", "a", "b", "c"),
+            "hello<|im_end|>a<|im_end|><think>\n\n</think>\n\nc<|im_end|>",
+        ),
+        (
+            THINKS.replace("asks", "'<think>\n'"),
+            say("hi", THOUGHT, "b", "<c>"),
+            "hello<|im_end|>\n</think>\n\n<c><|im_end|>",
+        ),
         (MARKED, say("hi", "hello", "bye", "so long"), "hello<|im_end|>so long<|im_end|>"),
         (MARKED.replace(" + \"'<|im_end|>\n' }}{% endgen", ""), say("hi", "hello"), "hello<|im_end|>"),
     ],
-)  # fmt: skip
+)
 def test_the_loss_is_on_answers_as_they_stand_in_the_whole(template, messages, said):
     assert learned(byte_tokenizer(template.replace(" + asks", "")), messages) == said
 

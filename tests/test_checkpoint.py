@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from train import checkpoint
+from train.loop import checkpoint
 
 
 def arrays(seed=0, width=3):
@@ -39,11 +39,12 @@ def test_round_trip_keeps_the_newest(tmp_path):
         ({"rate": 0.2, "backbone": "abc"}, 3, "rate is 0.1 there and 0.2 here"),
         ({"rate": 0.1, "backbone": "xyz"}, 3, "backbone is abc there and xyz here"),
         (
-            {"rate": 0.1, "backbone": "abc"}, 5,
+            {"rate": 0.1, "backbone": "abc"},
+            5,
             r"memory/kernel is float32\[2, 3\] there and float32\[2, 5\] here",
         ),
     ],
-)  # fmt: skip
+)
 def test_another_run_is_one_error(tmp_path, identity, width, message):
     with checkpoint.Checkpoints(tmp_path, {"rate": 0.1, "backbone": "abc"}) as run:
         run.save(1, arrays(), {})

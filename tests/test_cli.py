@@ -16,8 +16,12 @@ import pytest
 import tiny_folder
 from tiny_folder import WORDS, tiny_tokenizer
 
-from allmem_jax import cli, cost, evaluation_report, generation, model, sections, text
-from allmem_jax import convert as convert_lib
+from allmem_jax import cli
+from allmem_jax.checkpoints import convert as convert_lib
+from allmem_jax.decoding import chat, generation
+from allmem_jax.evaluation import cost, divergence_report
+from allmem_jax.model import lm
+from allmem_jax.reporting import sections
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +58,7 @@ def test_convert_writes_a_model_with_a_memory(converted, plain):
     assert (config.window, config.sinks, config.chunk, config.mixer) == (24, 2, 8, "allmem")
     assert not np.any(params["layers"]["memory"]["alpha"])
     before = convert_lib.load_pretrained(plain)[1]
-    backbone = model.split_params(params)[0]
+    backbone = lm.split_params(params)[0]
     jax.tree.map(np.testing.assert_array_equal, backbone, before)
     assert tokenizer.encode("the sea") == tiny_tokenizer().encode("the sea")
 
@@ -70,7 +74,7 @@ def test_generate_is_the_greedy_continuation(converted, capsys):
     out = capsys.readouterr().out
     config, params, tokenizer = convert_lib.load_pretrained(converted)
     ids = generation.generate(
-        params, config, [tokenizer.encode("the whale")], max_tokens=9, stop_tokens=text.stop_tokens(tokenizer)
+        params, config, [tokenizer.encode("the whale")], max_tokens=9, stop_tokens=chat.stop_tokens(tokenizer)
     )[0]
     assert out == "the whale" + tokenizer.decode(ids) + "\n"
 
@@ -214,7 +218,7 @@ def test_thinking_and_chat_templates(converted, tmp_path, capsys, monkeypatch):
         raise ValueError("not made")
 
     with monkeypatch.context() as patch:
-        patch.setattr(text, "Conversation", conversation)
+        patch.setattr(chat, "Conversation", conversation)
         fails(capsys, "generate", converted, "hi", "--chat", "--thinking", "off", "--stop", "a")
     assert seen == [{"stop": ("a",), "thinking": False}]
     other = tmp_path / "strict"
@@ -270,7 +274,7 @@ def test_recorded_commands_are_what_was_given(converted, book, tmp_path, monkeyp
     def measure(*_, command, **__):
         return sections.Section("distance", "Distance", command, data={"texts": {}})
 
-    monkeypatch.setattr(evaluation_report, "measure", measure)
+    monkeypatch.setattr(divergence_report, "measure", measure)
     out = tmp_path / "of all"
     arguments = ["--length", "64", "--sequences", "1", "--batch", "2", "--window", "16", "--dtype", "bfloat16"]
     given = [str(converted), str(book), *arguments, "--mixer", "swa", "--out", str(out)]
@@ -339,8 +343,16 @@ def fails_cleanly(capsys, tmp_path, name, options="", **paths):
     return line
 
 
-LONGBENCH = {"input": "q", "context": "c", "answers": ["a"], "all_classes": ["a", "b"], "length": 1, "_id": "1",
-             "dataset": "trec", "language": "en"}  # fmt: skip
+LONGBENCH = {
+    "input": "q",
+    "context": "c",
+    "answers": ["a"],
+    "all_classes": ["a", "b"],
+    "length": 1,
+    "_id": "1",
+    "dataset": "trec",
+    "language": "en",
+}
 
 
 @pytest.mark.parametrize("name", COMMANDS)

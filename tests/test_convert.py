@@ -11,25 +11,40 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from allmem_jax import config as config_lib
-from allmem_jax import convert, families, generation, model
-from allmem_jax import tokenizer as tokenizer_lib
+from allmem_jax.checkpoints import convert, families
+from allmem_jax.checkpoints import tokenizer as tokenizer_lib
+from allmem_jax.decoding import generation
+from allmem_jax.model import config as config_lib
+from allmem_jax.model import lm
 
 torch = pytest.importorskip("torch")
 import transformers  # noqa: E402
 
 LENGTH = 33
 TINY = dict(
-    vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
-    num_key_value_heads=2, head_dim=16, max_position_embeddings=64, bos_token_id=1, eos_token_id=2, pad_token_id=0,
-)  # fmt: skip
+    vocab_size=97,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=16,
+    max_position_embeddings=64,
+    bos_token_id=1,
+    eos_token_id=2,
+    pad_token_id=0,
+)
 LLAMA3 = dict(
-    rope_type="llama3", rope_theta=500.0, factor=4.0, low_freq_factor=1.0, high_freq_factor=4.0,
+    rope_type="llama3",
+    rope_theta=500.0,
+    factor=4.0,
+    low_freq_factor=1.0,
+    high_freq_factor=4.0,
     original_max_position_embeddings=16,
-)  # fmt: skip
+)
 YARN = dict(
     rope_type="yarn", rope_theta=5000.0, factor=4.0, original_max_position_embeddings=16, beta_fast=4.0, beta_slow=0.5
-)  # fmt: skip
+)
 LINEAR = dict(rope_type="linear", rope_theta=3000.0, factor=2.5)
 GEMMA_ROPE = {
     "full_attention": dict(rope_type="linear", rope_theta=9000.0, factor=8.0),
@@ -46,10 +61,17 @@ CASES: dict[str, tuple[str, dict]] = {
     "qwen2": ("qwen2", dict(tie_word_embeddings=True, head_dim=8)),
     "qwen2-windows": ("qwen2", dict(use_sliding_window=True, sliding_window=6, max_window_layers=1, head_dim=8)),
     "qwen3-yarn": ("qwen3", dict(rope_parameters=YARN)),
-    "gemma3": ("gemma3_text", dict(sliding_window=5, query_pre_attn_scalar=24, rope_parameters=GEMMA_ROPE,
-               layer_types=["sliding_attention", "full_attention", "sliding_attention"])),
+    "gemma3": (
+        "gemma3_text",
+        dict(
+            sliding_window=5,
+            query_pre_attn_scalar=24,
+            rope_parameters=GEMMA_ROPE,
+            layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+        ),
+    ),
     "gemma3-pattern": ("gemma3_text", dict(sliding_window=5, num_hidden_layers=7, attention_bias=True)),
-}  # fmt: skip
+}
 
 
 def write_checkpoint(case: str, folder: pathlib.Path, dtype=torch.float32, **saving) -> "transformers.PreTrainedModel":
@@ -81,7 +103,7 @@ def torch_logits(net) -> np.ndarray:
 
 
 def our_logits(config: config_lib.ModelConfig, params) -> np.ndarray:
-    teacher = model.AllMemLM(config.replace(mixer="full"))
+    teacher = lm.AllMemLM(config.replace(mixer="full"))
     return np.asarray(jax.jit(lambda params: teacher.apply({"params": params}, tokens()))(params))
 
 
@@ -111,7 +133,7 @@ def test_logits_survive_import_and_export(case, tmp_path):
 def test_tree_is_the_models_own(case, tmp_path):
     write_checkpoint(case, tmp_path)
     config, params, _ = convert.load_pretrained(tmp_path, window=16, chunk=8)
-    wanted = model.split_params(jax.eval_shape(lambda: model.init_params(config)))[0]
+    wanted = lm.split_params(jax.eval_shape(lambda: lm.init_params(config)))[0]
     assert jax.tree.map(lambda leaf: leaf.shape, params) == jax.tree.map(lambda leaf: leaf.shape, wanted)
 
 
@@ -169,13 +191,13 @@ def test_memory_travels_beside_the_backbone(tmp_path):
     write_checkpoint("llama", tmp_path / "in")
     config, params, _ = convert.load_pretrained(tmp_path / "in", window=16, sinks=2, chunk=8, n_mem=3, d_mem=4)
     rng = np.random.default_rng(0)
-    shapes = jax.eval_shape(lambda: model.init_memory(config))
+    shapes = jax.eval_shape(lambda: lm.init_memory(config))
     memory = jax.tree.map(lambda leaf: rng.normal(size=leaf.shape).astype(np.float32), shapes)
-    params = model.merge_params(params, memory)
+    params = lm.merge_params(params, memory)
     convert.save_pretrained(tmp_path / "out", config, params, dtype="bfloat16")
     again, params_again, _ = convert.load_pretrained(tmp_path / "out")
     assert again == config.replace(mixer="allmem")
-    assert_same_tree(model.split_params(params_again)[1], memory)  # float32 whatever the backbone's dtype
+    assert_same_tree(lm.split_params(params_again)[1], memory)  # float32 whatever the backbone's dtype
     assert convert.load_pretrained(tmp_path / "out", window=32)[0].window == 32
 
 
@@ -190,9 +212,13 @@ def test_a_model_comes_as_it_runs(tmp_path):
     with pytest.warns(UserWarning, match="has no memory: an untrained one is added"):
         fresh_config, fresh, _ = convert.load_pretrained(tmp_path / "in", mixer="allmem", **sizes)
     assert fresh_config.mixer == "allmem" and not np.any(fresh["layers"]["memory"]["alpha"])
-    assert_same_tree(model.split_params(fresh)[0], params)
-    for name, mixer, saved in [("full", "full", params), ("swa", "swa", params), ("none", "allmem", params),
-                               ("memory", "full", fresh)]:  # fmt: skip
+    assert_same_tree(lm.split_params(fresh)[0], params)
+    for name, mixer, saved in [
+        ("full", "full", params),
+        ("swa", "swa", params),
+        ("none", "allmem", params),
+        ("memory", "full", fresh),
+    ]:
         convert.save_pretrained(tmp_path / name, config.replace(mixer=mixer), saved)
         wanted = {"none": "full", "memory": "allmem"}.get(name, name)
         assert convert.load_pretrained(tmp_path / name)[0] == config.replace(mixer=wanted)
@@ -256,9 +282,15 @@ def arch_enum(arch: str) -> gguf.MODEL_ARCH:
 
 
 @pytest.mark.parametrize(
-    "case, arch", [("llama-biases", "llama"), ("llama", "llama"), ("qwen2", "qwen2"), ("qwen3-yarn", "qwen3"),
-                   ("gemma3-pattern", "gemma3")]
-)  # fmt: skip
+    "case, arch",
+    [
+        ("llama-biases", "llama"),
+        ("llama", "llama"),
+        ("qwen2", "qwen2"),
+        ("qwen3-yarn", "qwen3"),
+        ("gemma3-pattern", "gemma3"),
+    ],
+)
 def test_gguf_loads_as_the_folder_does(case, arch, tmp_path, monkeypatch):
     # llama.cpp scales Gemma's queries by the head dimension, whatever the config says.
     changes = CASES[case][1] | (dict(query_pre_attn_scalar=16, attention_bias=False) if arch == "gemma3" else {})
@@ -320,8 +352,13 @@ def test_gguf_tokenizer_is_the_one_it_was_made_from(kind, tmp_path):
     else:
         gold = tokenizers.SentencePieceBPETokenizer()
         gold.train_from_iterator(train, vocab_size=150, min_frequency=1, special_tokens=["<unk>"], show_progress=False)
-    file = bpe_gguf(tmp_path / "t.gguf", gold, kind, "gpt-2" if kind == "gpt2" else None, **(
-        {} if kind == "gpt2" else {"unknown_token_id": 0}))  # fmt: skip
+    file = bpe_gguf(
+        tmp_path / "t.gguf",
+        gold,
+        kind,
+        "gpt-2" if kind == "gpt2" else None,
+        **({} if kind == "gpt2" else {"unknown_token_id": 0}),
+    )
     found = tokenizer_lib.from_gguf(file)
     text = TEXT.replace("\n", " ") if kind == "llama" else TEXT  # the tiny vocabulary has no line feed
     assert found(text).input_ids == gold.encode(text).ids
@@ -338,9 +375,14 @@ def test_gguf_tokenizer_is_the_one_it_was_made_from(kind, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "pre, digits, bos", [("llama-bpe", ["123", "45"], True), ("qwen2", list("12345"), False),
-                         ("smollm", list("12345"), False), ("tekken", list("12345"), True)]
-)  # fmt: skip
+    "pre, digits, bos",
+    [
+        ("llama-bpe", ["123", "45"], True),
+        ("qwen2", list("12345"), False),
+        ("smollm", list("12345"), False),
+        ("tekken", list("12345"), True),
+    ],
+)
 def test_gguf_pre_tokenizers(pre, digits, bos, tmp_path):
     import tokenizers
 
@@ -378,7 +420,7 @@ def test_smollm2_gguf_against_transformers(smollm2_path):
     # llama.cpp and the model's own tokenizer do.
     text = "".join(c for c in (pathlib.Path(__file__).parents[1] / "LICENSE").read_text() if not c.isdigit())
     ids = np.array([tokenizer(text).input_ids[:512]])
-    teacher = model.AllMemLM(config.replace(mixer="full"))
+    teacher = lm.AllMemLM(config.replace(mixer="full"))
     found = np.asarray(jax.jit(lambda params: teacher.apply({"params": params}, ids.astype(np.int32)))(params))
     options = dict(gguf_file=smollm2_path.name, local_files_only=True)
     theirs = transformers.AutoTokenizer.from_pretrained(smollm2_path.parent, **options)

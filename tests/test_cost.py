@@ -9,8 +9,12 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from allmem_jax import cli, cost, generation, latency, model, sections, state
-from allmem_jax import config as config_lib
+from allmem_jax import cli
+from allmem_jax.decoding import generation
+from allmem_jax.evaluation import cost, latency
+from allmem_jax.model import config as config_lib
+from allmem_jax.model import lm, state
+from allmem_jax.reporting import sections
 
 pytestmark = pytest.mark.core
 MEMORIES = config_lib.MEMORY_MIXERS
@@ -18,14 +22,23 @@ MEMORIES = config_lib.MEMORY_MIXERS
 
 def tiny(**changes):
     fields = dict(
-        vocab_size=61, d_model=16, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=8, d_ff=24, d_mem=8, window=12,
-        sinks=2, chunk=8,
-    )  # fmt: skip
+        vocab_size=61,
+        d_model=16,
+        n_layers=2,
+        n_heads=4,
+        n_kv_heads=2,
+        head_dim=8,
+        d_ff=24,
+        d_mem=8,
+        window=12,
+        sinks=2,
+        chunk=8,
+    )
     return config_lib.ModelConfig(**(fields | changes))
 
 
 def shapes(config):
-    return jax.eval_shape(lambda: model.init_params(config))
+    return jax.eval_shape(lambda: lm.init_params(config))
 
 
 @pytest.mark.parametrize(
@@ -37,7 +50,7 @@ def test_groups_add_up_to_the_parameters(changes):
     groups = cost.parameter_groups(config)
     params = shapes(config)
     assert sum(groups.values()) == sum(leaf.size for leaf in jax.tree.leaves(params))
-    assert groups["memory"] == sum(leaf.size for leaf in jax.tree.leaves(model.split_params(params)[1]))
+    assert groups["memory"] == sum(leaf.size for leaf in jax.tree.leaves(lm.split_params(params)[1]))
     assert groups["embedding"] == 61 * 16
     assert groups["head"] == (0 if config.tie_embeddings else 61 * 16)
 
@@ -101,7 +114,7 @@ def test_the_memory_s_matrix_products():
     """Projections from the parameter shapes; fast weights from counting the products of the closed form."""
     config = tiny(chunk=10**6, window=10**6)
     heads, dim, hidden = config.memory_heads, config.d_mem, config.memory_hidden
-    memory = model.split_params(shapes(config))[1]["layers"]["memory"]
+    memory = lm.split_params(shapes(config))[1]["layers"]["memory"]
     kernels = [leaf["kernel"] for name, leaf in memory.items() if name.endswith(("_proj", "_conv"))]
     slow = 2 * sum(math.prod(leaf.shape) for leaf in kernels)
     products = 3 + 3 + 3  # read; gate k, up k, down^T v; outer products
@@ -128,9 +141,19 @@ def test_errors():
 
 def one_layer(mixer="swa", **changes):
     fields = dict(
-        vocab_size=32, d_model=256, n_layers=1, n_heads=4, n_kv_heads=2, head_dim=128, d_ff=32, d_mem=64, window=512,
-        sinks=0, chunk=128, mixer=mixer,
-    )  # fmt: skip
+        vocab_size=32,
+        d_model=256,
+        n_layers=1,
+        n_heads=4,
+        n_kv_heads=2,
+        head_dim=128,
+        d_ff=32,
+        d_mem=64,
+        window=512,
+        sinks=0,
+        chunk=128,
+        mixer=mixer,
+    )
     return config_lib.ModelConfig(**(fields | changes))
 
 
@@ -138,9 +161,14 @@ def one_layer(mixer="swa", **changes):
 def decode_step(config):
     """The program of `generation.decode_step`, not yet compiled."""
     arguments = jax.eval_shape(
-        lambda: (model.init_params(config), jnp.zeros((1, 32)), state.init_state(config, 1), jnp.zeros(1, bool),
-                 jax.random.key(0))
-    )  # fmt: skip
+        lambda: (
+            lm.init_params(config),
+            jnp.zeros((1, 32)),
+            state.init_state(config, 1),
+            jnp.zeros(1, bool),
+            jax.random.key(0),
+        )
+    )
     params, *rest = arguments
     return generation.decode_step.lower(params, config, *rest, generation.GREEDY)
 
@@ -149,7 +177,7 @@ def decode_step(config):
 def forward(config, length):
     """The program of the forward pass over a row, not yet compiled."""
     tokens = jax.ShapeDtypeStruct((1, length), jnp.int32)
-    return jax.jit(lambda params, x: model.AllMemLM(config).apply({"params": params}, x)).lower(shapes(config), tokens)
+    return jax.jit(lambda params, x: lm.AllMemLM(config).apply({"params": params}, x)).lower(shapes(config), tokens)
 
 
 def operations(program):
@@ -255,8 +283,11 @@ def test_programs_are_compiled_once_unless_attention_is_full():
     config = tiny(vocab_size=59)  # of no other test: programs are kept
     rows = latency.measure(config, mixers=("full", "mamba2"), contexts=(16, 64), piece=8, repeats=2, decode=2)
     assert [(row["mixer"], row["context"], row["programs"]) for row in rows] == [
-        ("full", 16, 2), ("full", 64, 4), ("mamba2", 16, 2), ("mamba2", 64, 2),
-    ]  # fmt: skip
+        ("full", 16, 2),
+        ("full", 64, 4),
+        ("mamba2", 16, 2),
+        ("mamba2", 64, 2),
+    ]
     for row in rows:
         position = 4 if row["mixer"] == "full" else 0  # the only bytes of full attention's state that are no cache
         assert row["state_bytes"] == cost.state_bytes(config, row["context"])[row["mixer"]] + position

@@ -6,8 +6,9 @@ from pydoc_data import topics
 import numpy as np
 import pytest
 
-from allmem_jax import memory_file
-from train import curriculum, finetune, tiny
+from allmem_jax.checkpoints import memory_file
+from train import curriculum, finetune
+from train.loop import tiny
 from train.recipe import FinetuneConfig
 
 STAGES = (
@@ -24,9 +25,19 @@ def config(tmp_path_factory):
     for name, words in topics.topics.items():
         (texts / f"{name}.txt").write_text(words, encoding="ascii", errors="ignore")
     return FinetuneConfig(
-        model="tiny", texts=(str(texts),), cache=str(folder / "cache"), out=str(folder / "out"), start="attention",
-        read_out="difference", alpha_init=0.1, batch=2, chunk=(8,), sinks=(2, 2), warmup=1, tensorboard=False,
-    )  # fmt: skip
+        model="tiny",
+        texts=(str(texts),),
+        cache=str(folder / "cache"),
+        out=str(folder / "out"),
+        start="attention",
+        read_out="difference",
+        alpha_init=0.1,
+        batch=2,
+        chunk=(8,),
+        sinks=(2, 2),
+        warmup=1,
+        tensorboard=False,
+    )
 
 
 def test_a_stage_goes_on_from_the_memory_before_it(config, tmp_path):

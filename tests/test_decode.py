@@ -74,8 +74,12 @@ def test_reference_is_the_definition():
             arrays = (q[None], own[:1][None], own[1:][None], keys[None], values[None], np.asarray([tokens]))
             got = swa_decode(
                 *map(jnp.asarray, arrays),
-                sink_slots=sink_slots, window=window, sinks=sinks, scale=0.5, implementation="reference",
-            )  # fmt: skip
+                sink_slots=sink_slots,
+                window=window,
+                sinks=sinks,
+                scale=0.5,
+                implementation="reference",
+            )
         assert relative(got[0], want) < 1e-12
 
 

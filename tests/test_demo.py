@@ -11,8 +11,12 @@ import pytest
 import tiny_folder
 import tyro
 
-from allmem_jax import convert, evals, memory_file, model, state, tasks
-from train import books, compare, demo, evidence, fetch, finetune, reading, recall_grid, stages
+from allmem_jax.checkpoints import convert, memory_file
+from allmem_jax.evaluation import divergence, recall
+from allmem_jax.model import lm, state
+from train import fetch, finetune
+from train.data import books
+from train.experiments import compare, demo, evidence, reading, recall_grid, stages
 
 RECIPE = """
 from train.recipe import FinetuneConfig
@@ -33,10 +37,19 @@ def setting(tmp_path, monkeypatch):
     (tmp_path / "recipe.py").write_text(RECIPE.format(cache=str(tmp_path / "cache")))
     loaded, _, _ = convert.load_pretrained(folder)
     config = loaded.replace(mixer="allmem", window=16, sinks=2, chunk=8, d_mem=8, read_out="difference", alpha_init=0.1)
-    memory_file.save(tmp_path / "memory.safetensors", config, model.init_memory(config))
-    return demo.DemoConfig(recipe=str(tmp_path / "recipe.py"), out=tmp_path / "out", length=96, passage=40,
-                           memory=str(tmp_path / "memory.safetensors"), window=16, told=224, asked=2, read=300,
-                           sample_tokens=4)  # fmt: skip
+    memory_file.save(tmp_path / "memory.safetensors", config, lm.init_memory(config))
+    return demo.DemoConfig(
+        recipe=str(tmp_path / "recipe.py"),
+        out=tmp_path / "out",
+        length=96,
+        passage=40,
+        memory=str(tmp_path / "memory.safetensors"),
+        window=16,
+        told=224,
+        asked=2,
+        read=300,
+        sample_tokens=4,
+    )
 
 
 @pytest.mark.slow
@@ -48,13 +61,13 @@ def test_the_chain_and_its_second_run(setting, capsys, monkeypatch):
     saved = json.loads((setting.out / "report.json").read_text())
     answers, read, distance, training, writing, _ = saved["sections"]
     asked = {result["variant"]: len(result["examples"]) for result in answers["data"]["results"]}
-    assert asked == {evals.ORIGINAL: 2, evals.SWA: 2, tasks.OTHER: 2, evals.CONVERTED: 2}
+    assert asked == {divergence.ORIGINAL: 2, divergence.SWA: 2, recall.OTHER: 2, divergence.CONVERTED: 2}
     assert [row[1] for row in read["tables"][0]["rows"]] == [word for _, word in reading.TOLD]
     assert {len(row) for row in read["tables"][0]["rows"]} == {5}
     rows = distance["data"]["texts"]["Book 2 (prose)"]
-    assert list(rows) == [evals.ORIGINAL, evals.SWA, demo.BEFORE, evals.CONVERTED, evals.WRITE_OFF]
-    assert rows[demo.BEFORE]["kl_beyond"] == pytest.approx(rows[evals.SWA]["kl_beyond"], rel=1e-4)
-    assert rows[evals.CONVERTED]["kl_beyond"] != pytest.approx(rows[evals.SWA]["kl_beyond"], rel=1e-6)
+    assert list(rows) == [divergence.ORIGINAL, divergence.SWA, demo.BEFORE, divergence.CONVERTED, divergence.WRITE_OFF]
+    assert rows[demo.BEFORE]["kl_beyond"] == pytest.approx(rows[divergence.SWA]["kl_beyond"], rel=1e-4)
+    assert rows[divergence.CONVERTED]["kl_beyond"] != pytest.approx(rows[divergence.SWA]["kl_beyond"], rel=1e-6)
     assert [len(steps) for steps in training["data"].values()] == [3] and len(writing["tables"][0]["rows"]) == 2
     assert "differen" in page.read_text() and "another document" in page.read_text()
     (folder,) = (setting.out / "runs").glob("*/memory/model")
@@ -72,7 +85,7 @@ def test_the_chain_and_its_second_run(setting, capsys, monkeypatch):
     demo.run(asked)
     assert capsys.readouterr().out.count("reused") == 5
     written = json.loads((setting.out / "report.json").read_text())["sections"]
-    assert {section["command"] for section in written[:5]} == {stages.command("train.demo", asked)}
+    assert {section["command"] for section in written[:5]} == {stages.command("train.experiments.demo", asked)}
     assert ["qk_scale", "l2"] in written[5]["tables"][0]["rows"]
 
 
@@ -103,9 +116,17 @@ def test_a_stage_depends_on_its_own_settings_alone(setting):
 @pytest.mark.parametrize(
     ("program", "settings", "positional"),
     [
-        ("train.demo", demo.DemoConfig(question="Who's there?", out=pathlib.Path("a b"), sample_tokens=4), ()),
-        ("train.evidence", evidence.EvidenceConfig("r.py", mixers=("delta",), seeds=(3, 4), samples=0), ("recipe",)),
-        ("train.recall_grid", recall_grid.GridConfig(steps=10, entrants=("swa", "full")), ()),
+        (
+            "train.experiments.demo",
+            demo.DemoConfig(question="Who's there?", out=pathlib.Path("a b"), sample_tokens=4),
+            (),
+        ),
+        (
+            "train.experiments.evidence",
+            evidence.EvidenceConfig("r.py", mixers=("delta",), seeds=(3, 4), samples=0),
+            ("recipe",),
+        ),
+        ("train.experiments.recall_grid", recall_grid.GridConfig(steps=10, entrants=("swa", "full")), ()),
     ],
 )
 def test_a_recorded_command_gives_the_same_settings(program, settings, positional):
@@ -118,14 +139,14 @@ def test_a_recorded_command_gives_the_same_settings(program, settings, positiona
 def test_the_table_compiles_once_for_all_windows(setting, tmp_path):
     (tmp_path / "a.txt").write_text(tiny_folder.WORDS)
     given = compare.CompareConfig(texts=(tmp_path / "a.txt",), windows=(8, 8, 16), sinks=(0, 4, 4), length=48)
-    evals.hidden_states.clear_cache()
+    divergence.hidden_states.clear_cache()
     results = compare.run(given)
-    assert evals.hidden_states._cache_size() == 2  # the original, and all of the windowed
+    assert divergence.hidden_states._cache_size() == 2  # the original, and all of the windowed
     assert list(results["a.txt"]) == ["8/0", "8/4", "16/4"]
     config, params, tokenizer = convert.load_pretrained(tmp_path / "tiny", window=16, sinks=4)
-    tokens = evals.cut(tokenizer.encode(tiny_folder.WORDS), 48, 1)
-    scores = evals.compare(config, params, tokens, evals.standard_variants(config, None))
-    row = evals.summarise(scores, 16)[evals.SWA]
+    tokens = divergence.cut(tokenizer.encode(tiny_folder.WORDS), 48, 1)
+    scores = divergence.compare(config, params, tokens, divergence.standard_variants(config, None))
+    row = divergence.summarise(scores, 16)[divergence.SWA]
     assert results["a.txt"]["16/4"] == pytest.approx((row["kl_inside"], row["kl_beyond"]), rel=1e-4, abs=1e-7)
     assert "| 16/4 |" in compare.show(results)
     with pytest.raises(ValueError, match="pair up"):
@@ -151,15 +172,15 @@ def test_a_text_is_asked_from_the_file_alone(tmp_path):
     folder = tiny_folder.write(tmp_path / "tiny")
     loaded, _, _ = convert.load_pretrained(folder)
     config = loaded.replace(mixer="allmem", window=16, sinks=2, chunk=8, d_mem=8, read_out="difference", alpha_init=0.5)
-    memory_file.save(tmp_path / "memory.safetensors", config, model.init_memory(config))
+    memory_file.save(tmp_path / "memory.safetensors", config, lm.init_memory(config))
     released = reading.load(str(folder), str(tmp_path / "memory.safetensors"), 16)
     text = " ".join(np.random.default_rng(0).choice(tiny_folder.WORDS.split(" "), 400))
     found = reading.read_once(released, text, 300, tmp_path / "state.safetensors")
-    assert found["tokens"] == 300 and found["variants"] == [evals.ORIGINAL, evals.SWA, evals.CONVERTED]
+    assert found["tokens"] == 300 and found["variants"] == [divergence.ORIGINAL, divergence.SWA, divergence.CONVERTED]
     kept = state.load_state(tmp_path / "state.safetensors", released.config)
     assert int(kept.position[0]) == 300 and found["bytes"] == (tmp_path / "state.safetensors").stat().st_size
     tokens = reading._story(released.tokenizer, text, 300)
-    params = model.merge_params(released.backbone, released.memory)
+    params = lm.merge_params(released.backbone, released.memory)
     again = reading._answers(params, released.config, released.tokenizer, tokens, tmp_path / "again.safetensors")
     assert again == [row[-1] for row in found["rows"]]
     with pytest.raises(ValueError, match="give a longer one"):

@@ -12,7 +12,8 @@ import time
 import numpy as np
 import pytest
 
-from train import distributed, finetune, metrics
+from train import finetune
+from train.loop import distributed, metrics
 
 ROOT = pathlib.Path(__file__).parents[1]
 # Slowly, so that a signal finds it at work; the smoke recipe's chunks would compile twice.

@@ -12,7 +12,8 @@ import pytest
 from array_record.python import array_record_module
 from pyarrow import parquet
 
-from train import data, documents, prepare, recipe
+from train import prepare, recipe
+from train.data import documents, stream
 
 pytestmark = pytest.mark.core
 
@@ -77,7 +78,7 @@ def write(folder, kind, texts, chats=()):
 
 
 def load(path, tmp_path, tokenizer=None):
-    return data.load_documents([path], tokenizer or Words(), tmp_path / "cache")
+    return stream.load_documents([path], tokenizer or Words(), tmp_path / "cache")
 
 
 def same(ours, theirs):
@@ -89,9 +90,9 @@ def same(ours, theirs):
 
 @pytest.mark.parametrize("kind", ["txt", "jsonl", "parquet", "arrayrecord"])
 def test_every_kind_of_file_gives_the_same_rows(tmp_path, kind):
-    found = data.Rows(load(write(tmp_path / "texts", kind, TEXTS), tmp_path), 8, align=4)
-    made = [data.Document("x", np.asarray([ord(c) for c in t], np.int32), np.ones(len(t), bool)) for t in TEXTS]
-    expected = data.Rows(made, 8, align=4)
+    found = stream.Rows(load(write(tmp_path / "texts", kind, TEXTS), tmp_path), 8, align=4)
+    made = [stream.Document("x", np.asarray([ord(c) for c in t], np.int32), np.ones(len(t), bool)) for t in TEXTS]
+    expected = stream.Rows(made, 8, align=4)
     assert len(found) == len(expected)
     for index in range(len(found)):
         for name, value in expected[index].items():
@@ -114,7 +115,7 @@ def test_chat_loss_is_on_what_the_assistant_says():
     text = "".join(map(chr, chat.tokens))
     assert text == Words().apply_chat_template(CHAT, add_generation_prompt=False, tokenize=False)
     assert "".join(c for c, r in zip(text, chat.response, strict=True) if r) == "yo|\nb|\n"
-    row = data.Rows([chat], 64, align=8, response_only=True)[0]
+    row = stream.Rows([chat], 64, align=8, response_only=True)[0]
     assert "".join(map(chr, row["targets"][row["mask"]])) == "yo|\nb|\n"
 
 
@@ -125,7 +126,7 @@ def test_texts_start_with_the_prefix_and_chats_do_not(tmp_path):
 
     found = load(write(tmp_path / "texts", "jsonl", TEXTS[:1], [CHAT]), tmp_path, Starts())
     assert [d.prefix for d in found] == [(7,), ()] and 7 not in found[0].tokens
-    first = data.Rows(found, 128, align=8)[0]
+    first = stream.Rows(found, 128, align=8)[0]
     starts = np.flatnonzero(np.diff(first["segment_ids"], prepend=0) > 0)
     assert first["tokens"][starts].tolist() == [7, ord("<")]
 
@@ -145,10 +146,10 @@ def test_texts_end_with_the_end_of_text(tmp_path):
     assert [d.tokens[-2:].tolist() for d in (plain, closed, begun)] == [[ord("t"), 3], [ord("d"), 3], [ord("n"), 3]]
     assert [d.prefix for d in (plain, closed, begun, chat)] == [(2,)] * 3 + [()]
     assert begun.tokens[0] == ord("b") and plain.response.all() and 3 not in chat.tokens
-    rows = data.Rows([plain], 4, align=4)
+    rows = stream.Rows([plain], 4, align=4)
     targets = [rows[i]["targets"].tolist() for i in range(len(rows))]
     assert targets == [[*b"some"], [*b"e te"], [*b"ext", 3]]  # of three pieces the last one ends
-    broken = data.load_documents([texts], Ends(), tmp_path / "cache", end_of_text=False)
+    broken = stream.load_documents([texts], Ends(), tmp_path / "cache", end_of_text=False)
     assert [3 in d.tokens for d in broken] == [False, True, False, False]
     assert broken.content_hash() != load(texts, tmp_path, Ends()).content_hash()
 
@@ -156,10 +157,11 @@ def test_texts_end_with_the_end_of_text(tmp_path):
 @pytest.mark.parametrize("end", [True, False])
 @pytest.mark.parametrize("mixed", [True, False])
 def test_a_recipe_says_whether_texts_end(tmp_path, end, mixed):
-    from train import finetune, tiny  # here, as processes of `prepare` import this file
+    from train import finetune
+    from train.loop import tiny  # here, as processes of `prepare` import this file
 
     texts = (str(write(tmp_path / "texts", "jsonl", TEXTS)),)
-    fields = {"mixture": (data.Part(texts),)} if mixed else {"texts": texts, "pack": True}
+    fields = {"mixture": (stream.Part(texts),)} if mixed else {"texts": texts, "pack": True}
     config = recipe.FinetuneConfig(cache=str(tmp_path / "cache"), seq_length=32, chunk=(8,), end_of_text=end, **fields)
     rows = finetune.read_rows(config, finetune.Pretrained(tiny.CONFIG, None, None, Ends()), config.texts)
     assert sum(int((rows[i]["targets"] == Ends.eos_token_id).sum()) for i in range(len(rows))) == 3 * end
@@ -259,7 +261,7 @@ def test_parquet_columns_and_rows(tmp_path):
 
 def test_paths_that_do_not_fit(tmp_path):
     with pytest.raises(ValueError, match="no text at"):
-        data.load_documents(["/nowhere"], Words(), None)
+        stream.load_documents(["/nowhere"], Words(), None)
     (tmp_path / "a.pdf").write_bytes(b"%PDF-1.7 \xe2\xe3")
     with pytest.raises(ValueError, match="a.pdf is not UTF-8 text: byte 9"):
         load(tmp_path / "a.pdf", tmp_path)
@@ -346,7 +348,7 @@ def test_prepare_tokenises_in_other_processes(tmp_path):
     assert prepare.prepare(paths, Ends(), cache, 2, end_of_text=False) == 5
     assert prepare.prepare(paths, Ends(), cache, 2, end_of_text=False) == 0
     made = sorted(cache.iterdir())
-    found = data.load_documents(paths, Ends(), cache, end_of_text=False)
+    found = stream.load_documents(paths, Ends(), cache, end_of_text=False)
     assert len(found) == 9 and found.largest_token() == ord("é") and sorted(cache.iterdir()) == made
     (tmp_path / "bad.jsonl").write_text("{")
     with pytest.raises(ValueError, match="bad.jsonl:1 is not JSON"):
@@ -362,7 +364,7 @@ def test_prepare_command(tmp_path, capsys, error_of):
         prepare.main([str(tmp_path / "recipe.py"), "--cache", str(tmp_path / "cache")])
         assert f"3 documents, 62 tokens in {tmp_path / 'cache'}; {made} files" in capsys.readouterr().out
     assert error_of(prepare.main, []).startswith("error: the recipe names no model, or no texts")
-    part = data.Part(("b",))
+    part = stream.Part(("b",))
     config = recipe.FinetuneConfig(mixture=(part,), eval_texts=("c",))
     assert config.packed and prepare.texts(config) == ["b", "c"]
     config = dataclasses.replace(config, texts=("a",))  # these take the mixture's place

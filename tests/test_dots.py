@@ -8,17 +8,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from allmem_jax import model, sharding
-from allmem_jax import state as state_lib
+from allmem_jax.model import lm, sharding
+from allmem_jax.model import state as state_lib
 from pallas_kernels import dots
-from train import plan, programs
+from train.loop import compiled, plan
+from train.loop.tiny import CONFIG
 from train.recipe import FinetuneConfig
-from train.tiny import CONFIG
 
 pytestmark = pytest.mark.core
 MEANT = "float32_"  # how a scope begins whose products are meant to be in float32
-SPECS = [("abi,io->abo", (2, 5, 3), (3, 4)), ("bntd,bnhd->bnth", (2, 3, 5, 4), (2, 3, 6, 4)),
-         ("btd,bnte->bnde", (2, 5, 3), (2, 4, 5, 6))]  # fmt: skip
+SPECS = [
+    ("abi,io->abo", (2, 5, 3), (3, 4)),
+    ("bntd,bnhd->bnth", (2, 3, 5, 4), (2, 3, 6, 4)),
+    ("btd,bnte->bnde", (2, 5, 3), (2, 4, 5, 6)),
+]
 
 
 def relative(a, b):
@@ -128,12 +131,23 @@ def test_wide_products_are_found():
 def test_a_step_multiplies_in_bfloat16(objective, mixer):
     """Teacher and student; parameters in float32 where they are trained."""
     recipe = FinetuneConfig(
-        model="tiny", out="unused", objective=objective, mixer=mixer, batch=2, seq_length=16, window=(8, 8),
-        sinks=(2, 2), chunk=(8,), d_mem=8, dtype="bfloat16", backbone_dtype="bfloat16", loss_block=8,
-    )  # fmt: skip
+        model="tiny",
+        out="unused",
+        objective=objective,
+        mixer=mixer,
+        batch=2,
+        seq_length=16,
+        window=(8, 8),
+        sinks=(2, 2),
+        chunk=(8,),
+        d_mem=8,
+        dtype="bfloat16",
+        backbone_dtype="bfloat16",
+        loss_block=8,
+    )
     config, mesh = plan.planned_config(recipe), sharding.make_mesh()
     state, frozen, batch = plan.abstract_arguments(recipe, config, mesh)
-    teacher, student = programs.make(recipe, config, jax.tree.map(lambda x: x.sharding, state), mesh)
+    teacher, student = compiled.make(recipe, config, jax.tree.map(lambda x: x.sharding, state), mesh)
     hidden, size = jax.ShapeDtypeStruct((2, 16, config.d_model), config.dtype), jax.ShapeDtypeStruct((), jnp.int32)
     if teacher is not None:
         assert not wide_products(teacher.lower(frozen, batch).as_text(debug_info=True))
@@ -146,11 +160,11 @@ def test_a_step_multiplies_in_bfloat16(objective, mixer):
 def test_reading_with_a_state_multiplies_in_bfloat16(mixer, length):
     """A piece of a prompt and a single token, differentiated in all parameters."""
     config = CONFIG.replace(mixer=mixer, dtype="bfloat16")
-    params, state = jax.eval_shape(lambda: (model.random_params(config), state_lib.init_state(config, 2)))
+    params, state = jax.eval_shape(lambda: (lm.random_params(config), state_lib.init_state(config, 2)))
 
     def total(params, state):
         tokens = jnp.zeros((2, length), jnp.int32)
-        out, after = model.AllMemLM(config).apply({"params": params}, tokens, state=state)
+        out, after = lm.AllMemLM(config).apply({"params": params}, tokens, state=state)
         return jnp.sum(out) + jnp.sum(after.keys.astype(jnp.float32))
 
     assert not wide_products(jax.jit(jax.grad(total)).lower(params, state).as_text(debug_info=True))

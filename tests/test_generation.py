@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from test_model import TINY, random_params, random_tokens
 
-from allmem_jax import generation, model
+from allmem_jax.decoding import generation
+from allmem_jax.model import lm
 
 pytestmark = pytest.mark.core
 
@@ -21,7 +22,7 @@ def test_greedy_follows_the_forward_pass(params):
     """Ragged prompts, in pieces shorter than most of them, against the forward pass over the whole row."""
     prompts = [random_tokens(1, length, seed=length)[0].tolist() for length in (1, 7, 12)]
     out = generation.generate(params, TINY, prompts, max_tokens=10, piece=5)
-    forward = jax.jit(lambda t: model.AllMemLM(TINY).apply({"params": params}, t))
+    forward = jax.jit(lambda t: lm.AllMemLM(TINY).apply({"params": params}, t))
     for prompt, answer in zip(prompts, out, strict=True):
         row = np.zeros((1, 22), np.int32)
         row[0, : len(prompt) + 10] = prompt + answer
@@ -34,7 +35,7 @@ def test_full_mixer_generates_like_the_original(params):
     prompt = random_tokens(1, 9)[0].tolist()
     (answer,) = generation.generate(params, config, [prompt], max_tokens=6, piece=5)
     row = np.asarray([prompt + answer], np.int32)
-    predicted = np.asarray(jax.jit(lambda t: model.AllMemLM(config).apply({"params": params}, t))(row)).argmax(-1)[0]
+    predicted = np.asarray(jax.jit(lambda t: lm.AllMemLM(config).apply({"params": params}, t))(row)).argmax(-1)[0]
     assert answer == predicted[len(prompt) - 1 : -1].tolist()
 
 
@@ -47,9 +48,14 @@ def test_stop_tokens_end_rows_one_by_one(params):
         assert short == (whole[: whole.index(stop)] if stop in whole else whole)
     seen: list[tuple[list[int], list[bool]]] = []
     generation.generate(
-        params, TINY, prompts, max_tokens=10, piece=5, stop_tokens=[stop],
+        params,
+        TINY,
+        prompts,
+        max_tokens=10,
+        piece=5,
+        stop_tokens=[stop],
         on_tokens=lambda tokens, live: seen.append((tokens.tolist(), live.tolist())),
-    )  # fmt: skip
+    )
     streamed = [[tokens[row] for tokens, live in seen if live[row]] for row in range(2)]
     assert [[t for t in row if t != stop] for row in streamed] == stopped
 

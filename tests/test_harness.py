@@ -23,9 +23,12 @@ from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
-from allmem_jax import cli, generation, harness, harness_arguments, model
-from allmem_jax import config as config_lib
-from allmem_jax import convert as convert_lib
+from allmem_jax import cli
+from allmem_jax.checkpoints import convert as convert_lib
+from allmem_jax.decoding import generation
+from allmem_jax.evaluation import harness, harness_arguments
+from allmem_jax.model import config as config_lib
+from allmem_jax.model import lm as lm_lib
 
 pytestmark = pytest.mark.slow
 
@@ -43,10 +46,10 @@ def converted(plain):
     """The same with a random memory that speaks."""
     config, params, tokenizer = convert_lib.load_pretrained(plain, window=24, sinks=2, chunk=8, d_mem=8, lr_init=0.2)
     rng = np.random.default_rng(1)
-    memory = jax.eval_shape(lambda: model.init_memory(config))
+    memory = jax.eval_shape(lambda: lm_lib.init_memory(config))
     memory = jax.tree.map(lambda leaf: jnp.asarray(rng.normal(0, 0.5, leaf.shape), jnp.float32), memory)
     path = plain.parent / "converted"
-    convert_lib.save_pretrained(path, config, model.merge_params(params, memory), tokenizer)
+    convert_lib.save_pretrained(path, config, lm_lib.merge_params(params, memory), tokenizer)
     return path
 
 
@@ -77,25 +80,40 @@ def tasks(tmp_path_factory):
         rows.append({"start": " ".join(words[:-5]), "text": sentence, "choices": choices, "label": 3})
     (folder / "sentences.json").write_text("\n".join(map(json.dumps, rows)))
     common = {
-        "dataset_path": "json", "test_split": "train", "fewshot_split": "train",
+        "dataset_path": "json",
+        "test_split": "train",
+        "fewshot_split": "train",
         "dataset_kwargs": {"data_files": str(folder / "sentences.json"), "cache_dir": str(folder / "cache")},
-    }  # fmt: skip
+    }
     return [
-        common | {
-            "task": "choose", "output_type": "multiple_choice", "num_fewshot": 1, "doc_to_text": "{{start}}",
-            "doc_to_choice": "{{choices}}", "doc_to_target": "label",
+        common
+        | {
+            "task": "choose",
+            "output_type": "multiple_choice",
+            "num_fewshot": 1,
+            "doc_to_text": "{{start}}",
+            "doc_to_choice": "{{choices}}",
+            "doc_to_target": "label",
             "metric_list": [{"metric": "acc"}, {"metric": "acc_norm"}],
         },
-        common | {
-            "task": "write", "output_type": "generate_until", "doc_to_text": "{{start}}", "doc_to_target": "{{text}}",
+        common
+        | {
+            "task": "write",
+            "output_type": "generate_until",
+            "doc_to_text": "{{start}}",
+            "doc_to_target": "{{text}}",
             "generation_kwargs": {"until": ["\n\n", "th"], "max_gen_toks": 20, "do_sample": False},
             "metric_list": [{"metric": "exact_match"}],
         },
-        common | {
-            "task": "read", "output_type": "loglikelihood_rolling", "doc_to_text": "", "doc_to_target": "{{text}}",
+        common
+        | {
+            "task": "read",
+            "output_type": "loglikelihood_rolling",
+            "doc_to_text": "",
+            "doc_to_target": "{{text}}",
             "metric_list": [{"metric": "word_perplexity"}, {"metric": "byte_perplexity"}],
         },
-    ]  # fmt: skip
+    ]
 
 
 def evaluate(lm, tasks, **options):
@@ -232,8 +250,8 @@ def test_the_memory_and_its_controls(converted, plain):
 
 def test_errors_name_the_fix(converted, plain, remembering, tmp_path):
     config, params, tokenizer = convert_lib.load_pretrained(plain, mixer="delta")
-    memory = jax.tree.map(lambda x: np.ones(x.shape, x.dtype), jax.eval_shape(lambda: model.init_memory(config)))
-    convert_lib.save_pretrained(tmp_path / "delta", config, model.merge_params(params, memory), tokenizer)
+    memory = jax.tree.map(lambda x: np.ones(x.shape, x.dtype), jax.eval_shape(lambda: lm_lib.init_memory(config)))
+    convert_lib.save_pretrained(tmp_path / "delta", config, lm_lib.merge_params(params, memory), tokenizer)
     assert harness.AllMemHarness(str(tmp_path / "delta")).config.mixer == "delta"
     with pytest.raises(ValueError, match="a memory for mixer='delta', not for mixer='allmem'"):
         harness.AllMemHarness(str(tmp_path / "delta"), mixer="allmem")
@@ -261,10 +279,17 @@ def scripted(tmp_path_factory):
     tokenizer.bos_token = "<|endoftext|>"
     size = len(tokenizer)
     config = config_lib.ModelConfig(
-        vocab_size=size, d_model=size, n_layers=1, n_heads=1, n_kv_heads=1, head_dim=8, d_ff=8, mixer="full",
+        vocab_size=size,
+        d_model=size,
+        n_layers=1,
+        n_heads=1,
+        n_kv_heads=1,
+        head_dim=8,
+        d_ff=8,
+        mixer="full",
         tie_embeddings=False,
-    )  # fmt: skip
-    params = jax.eval_shape(lambda: model.init_params(config))
+    )
+    params = jax.eval_shape(lambda: lm_lib.init_params(config))
     params = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), params)
     params["final_norm"] = jax.tree.map(np.ones_like, params["final_norm"])
     params["embed"]["embedding"] = np.eye(size, dtype=np.float32)
@@ -385,8 +410,17 @@ def test_what_cannot_be_served_is_named(plain, options, message):
 
 
 def test_what_changes_no_answer_is_taken(plain, tmp_path, caplog):
-    same = dict(revision=None, logits_cache=False, softmax_dtype="float32", attn_implementation="sdpa", peft=None,
-                backend="causal", parallelize=False, trust_remote_code=False, load_in_8bit=False)  # fmt: skip
+    same = dict(
+        revision=None,
+        logits_cache=False,
+        softmax_dtype="float32",
+        attn_implementation="sdpa",
+        peft=None,
+        backend="causal",
+        parallelize=False,
+        trust_remote_code=False,
+        load_in_8bit=False,
+    )
     ours = harness.AllMemHarness(str(plain), batch_size="auto:4", dtype="auto", device="cpu:0", **same)
     assert ours.batch_size == 8 and ours.config.dtype == "float32" and "8 rows, a fixed number" in caplog.text
     assert "JAX runs on" not in caplog.text

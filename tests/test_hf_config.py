@@ -9,46 +9,123 @@ import numpy as np
 import pytest
 from hypothesis import strategies
 
-from allmem_jax import config as config_lib
-from allmem_jax import convert, ends, families
-from allmem_jax import tokenizer as tokenizer_lib
+from allmem_jax.checkpoints import convert, ends, families
+from allmem_jax.checkpoints import tokenizer as tokenizer_lib
+from allmem_jax.model import config as config_lib
 
-SIZES = dict(vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
-             num_key_value_heads=2, head_dim=16, max_position_embeddings=64, rms_norm_eps=1e-5)  # fmt: skip
+SIZES = dict(
+    vocab_size=97,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=16,
+    max_position_embeddings=64,
+    rms_norm_eps=1e-5,
+)
 COMMON = dict(
-    SIZES, architectures=["ForCausalLM"], attention_dropout=0.0, bos_token_id=1, eos_token_id=2, pad_token_id=None,
-    initializer_range=0.02, use_cache=True, torch_dtype="bfloat16", transformers_version="4.48.0",
-    rope_theta=10000.0, tie_word_embeddings=True, _name_or_path="x",
-)  # fmt: skip
-LLAMA3 = dict(rope_type="llama3", factor=32.0, low_freq_factor=1.0, high_freq_factor=4.0,
-              original_max_position_embeddings=16)  # fmt: skip
+    SIZES,
+    architectures=["ForCausalLM"],
+    attention_dropout=0.0,
+    bos_token_id=1,
+    eos_token_id=2,
+    pad_token_id=None,
+    initializer_range=0.02,
+    use_cache=True,
+    torch_dtype="bfloat16",
+    transformers_version="4.48.0",
+    rope_theta=10000.0,
+    tie_word_embeddings=True,
+    _name_or_path="x",
+)
+LLAMA3 = dict(
+    rope_type="llama3", factor=32.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=16
+)
 # As the published files of these models are, sizes aside.
 PUBLISHED = {
-    "llama-3.2": dict(COMMON, model_type="llama", attention_bias=False, eos_token_id=[1, 8, 9], hidden_act="silu",
-                      mlp_bias=False, pretraining_tp=1, rope_scaling=LLAMA3),
-    "smollm2": dict(COMMON, model_type="llama", attention_bias=False, hidden_act="silu", is_llama_config=True,
-                    mlp_bias=False, pretraining_tp=1, rope_interleaved=False, rope_scaling=None,
-                    **{"transformers.js_config": {"kv_cache_dtype": {"q4f16": "float16"}}}),
-    "vicuna": dict(COMMON, model_type="llama", hidden_act="silu", max_sequence_length=2048, pad_token_id=0,
-                   rope_scaling={"type": "linear", "factor": 2}),
+    "llama-3.2": dict(
+        COMMON,
+        model_type="llama",
+        attention_bias=False,
+        eos_token_id=[1, 8, 9],
+        hidden_act="silu",
+        mlp_bias=False,
+        pretraining_tp=1,
+        rope_scaling=LLAMA3,
+    ),
+    "smollm2": dict(
+        COMMON,
+        model_type="llama",
+        attention_bias=False,
+        hidden_act="silu",
+        is_llama_config=True,
+        mlp_bias=False,
+        pretraining_tp=1,
+        rope_interleaved=False,
+        rope_scaling=None,
+        **{"transformers.js_config": {"kv_cache_dtype": {"q4f16": "float16"}}},
+    ),
+    "vicuna": dict(
+        COMMON,
+        model_type="llama",
+        hidden_act="silu",
+        max_sequence_length=2048,
+        pad_token_id=0,
+        rope_scaling={"type": "linear", "factor": 2},
+    ),
     "mistral": dict(COMMON, model_type="mistral", hidden_act="silu", sliding_window=None),
-    "qwen2.5": dict(COMMON, model_type="qwen2", hidden_act="silu", max_window_layers=21, sliding_window=32768,
-                    use_sliding_window=False, use_mrope=False),
-    "qwen3": dict(COMMON, model_type="qwen3", attention_bias=False, hidden_act="silu", max_window_layers=28,
-                  rope_scaling={"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16},
-                  sliding_window=None, use_sliding_window=False),
-    "gemma-3-270m": dict(COMMON, model_type="gemma3_text", attention_bias=False, attn_logit_softcapping=None,
-                         cache_implementation="hybrid", final_logit_softcapping=None, sliding_window=5,
-                         hidden_activation="gelu_pytorch_tanh", query_pre_attn_scalar=16, rope_scaling=None,
-                         layer_types=["sliding_attention", "sliding_attention", "full_attention"],
-                         rope_local_base_freq=10000.0, use_bidirectional_attention=False, _sliding_window_pattern=6),
-    "gemma-3-4b": dict(model_type="gemma3", architectures=["Gemma3ForConditionalGeneration"], boi_token_index=255999,
-                       eoi_token_index=256000, eos_token_id=[1, 106], image_token_index=262144,
-                       initializer_range=0.02, mm_tokens_per_image=256, torch_dtype="bfloat16",
-                       text_config=dict(SIZES, model_type="gemma3_text", sliding_window=5,
-                                        rope_scaling={"rope_type": "linear", "factor": 8.0}),
-                       vision_config={"hidden_size": 8, "model_type": "siglip_vision_model"}),
-}  # fmt: skip
+    "qwen2.5": dict(
+        COMMON,
+        model_type="qwen2",
+        hidden_act="silu",
+        max_window_layers=21,
+        sliding_window=32768,
+        use_sliding_window=False,
+        use_mrope=False,
+    ),
+    "qwen3": dict(
+        COMMON,
+        model_type="qwen3",
+        attention_bias=False,
+        hidden_act="silu",
+        max_window_layers=28,
+        rope_scaling={"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16},
+        sliding_window=None,
+        use_sliding_window=False,
+    ),
+    "gemma-3-270m": dict(
+        COMMON,
+        model_type="gemma3_text",
+        attention_bias=False,
+        attn_logit_softcapping=None,
+        cache_implementation="hybrid",
+        final_logit_softcapping=None,
+        sliding_window=5,
+        hidden_activation="gelu_pytorch_tanh",
+        query_pre_attn_scalar=16,
+        rope_scaling=None,
+        layer_types=["sliding_attention", "sliding_attention", "full_attention"],
+        rope_local_base_freq=10000.0,
+        use_bidirectional_attention=False,
+        _sliding_window_pattern=6,
+    ),
+    "gemma-3-4b": dict(
+        model_type="gemma3",
+        architectures=["Gemma3ForConditionalGeneration"],
+        boi_token_index=255999,
+        eoi_token_index=256000,
+        eos_token_id=[1, 106],
+        image_token_index=262144,
+        initializer_range=0.02,
+        mm_tokens_per_image=256,
+        torch_dtype="bfloat16",
+        text_config=dict(
+            SIZES, model_type="gemma3_text", sliding_window=5, rope_scaling={"rope_type": "linear", "factor": 8.0}
+        ),
+        vision_config={"hidden_size": 8, "model_type": "siglip_vision_model"},
+    ),
+}
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -69,24 +146,30 @@ def test_what_transformers_writes_is_read_in_silence(family):
     assert config.d_model == raw["hidden_size"] and config.rope_scaling is None
 
 
-@pytest.mark.parametrize("changes, message", [
-    (dict(rope_interleaved=True), "rope_interleaved=True is not supported"),
-    (dict(attention_multiplier=0.5), "attention_multiplier=0.5 is not supported; only 1.0"),
-    (dict(residual_multiplier=0.22), "residual_multiplier=0.22"),
-    (dict(logit_scale=2.0), "logit_scale=2.0"),
-    (dict(no_rope_layers=[1, 0, 1]), "no_rope_layers"),
-    (dict(num_local_experts=8), "num_local_experts=8"),
-    (dict(rope_scaling=dict(type="linear", factor=2.0, mrope_section=[1])), "mrope_section"),
-    (dict(rope_scaling=dict(type="yarn", factor=2.0, attn_factor=0.5)), "attn_factor=0.5"),
-    (dict(rope_scaling=dict(type="llama3", factor=2.0, low_freq_factor=4, high_freq_factor=4)), "high_freq_factor=4"),
-    (dict(rope_scaling=dict(type="llama3", factor=2.0)), "lacks 'low_freq_factor', 'high_freq_factor'"),
-    (dict(quantization_config="int8"), "quantization_config='int8' must be an object"),
-    (dict(rms_norm_eps=float("nan")), "rms_norm_eps=nan must be a positive number"),
-    (dict(hidden_size=10**400), "hidden_size=.* must be a whole number"),
-    (dict(tie_word_embeddings="no"), "tie_word_embeddings='no' must be true or false"),
-    (dict(layer_types=[["a"]], model_type="gemma3_text"), "layer_types=.* must be a list of texts"),
-    (dict(architectures=7, model_type=3), "model_type=3 must be a text"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (dict(rope_interleaved=True), "rope_interleaved=True is not supported"),
+        (dict(attention_multiplier=0.5), "attention_multiplier=0.5 is not supported; only 1.0"),
+        (dict(residual_multiplier=0.22), "residual_multiplier=0.22"),
+        (dict(logit_scale=2.0), "logit_scale=2.0"),
+        (dict(no_rope_layers=[1, 0, 1]), "no_rope_layers"),
+        (dict(num_local_experts=8), "num_local_experts=8"),
+        (dict(rope_scaling=dict(type="linear", factor=2.0, mrope_section=[1])), "mrope_section"),
+        (dict(rope_scaling=dict(type="yarn", factor=2.0, attn_factor=0.5)), "attn_factor=0.5"),
+        (
+            dict(rope_scaling=dict(type="llama3", factor=2.0, low_freq_factor=4, high_freq_factor=4)),
+            "high_freq_factor=4",
+        ),
+        (dict(rope_scaling=dict(type="llama3", factor=2.0)), "lacks 'low_freq_factor', 'high_freq_factor'"),
+        (dict(quantization_config="int8"), "quantization_config='int8' must be an object"),
+        (dict(rms_norm_eps=float("nan")), "rms_norm_eps=nan must be a positive number"),
+        (dict(hidden_size=10**400), "hidden_size=.* must be a whole number"),
+        (dict(tie_word_embeddings="no"), "tie_word_embeddings='no' must be true or false"),
+        (dict(layer_types=[["a"]], model_type="gemma3_text"), "layer_types=.* must be a list of texts"),
+        (dict(architectures=7, model_type=3), "model_type=3 must be a text"),
+    ],
+)
 def test_what_would_change_the_numbers_is_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         families.config_from_hf(PUBLISHED["smollm2"] | changes)
@@ -112,17 +195,25 @@ def test_length_of_pretraining_may_stand_above_the_rotary_fields():
 
 
 ODD = strategies.recursive(
-    strategies.none() | strategies.booleans() | strategies.integers() | strategies.floats()
+    strategies.none()
+    | strategies.booleans()
+    | strategies.integers()
+    | strategies.floats()
     | strategies.sampled_from(["", "4", "silu", "yarn", "full_attention", 0, -1, 10**400, 2**31, math.nan, math.inf])
     | strategies.text(max_size=3),
-    lambda inner: strategies.lists(inner, max_size=3)
-    | strategies.dictionaries(strategies.sampled_from(["type", "factor", "full_attention", "x"]), inner, max_size=3),
+    lambda inner: (
+        strategies.lists(inner, max_size=3)
+        | strategies.dictionaries(strategies.sampled_from(["type", "factor", "full_attention", "x"]), inner, max_size=3)
+    ),
     max_leaves=4,
-)  # fmt: skip
+)
 DAMAGE = hypothesis.settings(
-    max_examples=60, deadline=None, derandomize=True, database=None,
+    max_examples=60,
+    deadline=None,
+    derandomize=True,
+    database=None,
     suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture],
-)  # fmt: skip
+)
 
 
 def damaged(data, good: dict) -> dict:
@@ -168,8 +259,11 @@ def test_an_odd_value_in_every_field_is_one_line():
 def test_damaged_files_of_a_folder_are_one_line(data, tmp_path):
     """Weights are not reached: the folder has none."""
     ours = json.loads(families.config_from_hf(PUBLISHED["smollm2"]).to_json())
-    files = {"config.json": PUBLISHED["smollm2"], "allmem_config.json": ours,
-             "generation_config.json": {"eos_token_id": [1, 2], "temperature": 0.6}}  # fmt: skip
+    files = {
+        "config.json": PUBLISHED["smollm2"],
+        "allmem_config.json": ours,
+        "generation_config.json": {"eos_token_id": [1, 2], "temperature": 0.6},
+    }
     which = data.draw(strategies.sampled_from(sorted(files)))
     for name, good in files.items():
         bad = data.draw(ODD) if data.draw(strategies.integers(0, 9)) == 0 else damaged(data, good)
@@ -196,28 +290,49 @@ def test_what_is_not_json_names_its_file(name, tmp_path):
     assert convert.read_config(tmp_path).d_model == 32
 
 
-@pytest.mark.parametrize("changes, message", [
-    (dict(wheels=4), r"unknown fields \['wheels'\]; a newer version"),
-    (dict(window="128"), "window='128' is of another type"),
-    (dict(write=1), "write=1 is of another type"),
-    (dict(rope_scaling=[1]), "tuple in place of an object|list in place of an object"),
-    (dict(rope_scaling={"kind": "yarn"}), "it lacks factor"),
-    (dict(eos_tokens=[True]), r"eos_tokens=\(True,\) is of another type"),
-    (dict(norm_eps=math.nan), "norm_eps=nan"),
-    (dict(n_heads=None), "n_heads=None"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (dict(wheels=4), r"unknown fields \['wheels'\]; a newer version"),
+        (dict(window="128"), "window='128' is of another type"),
+        (dict(write=1), "write=1 is of another type"),
+        (dict(rope_scaling=[1]), "tuple in place of an object|list in place of an object"),
+        (dict(rope_scaling={"kind": "yarn"}), "it lacks factor"),
+        (dict(eos_tokens=[True]), r"eos_tokens=\(True,\) is of another type"),
+        (dict(norm_eps=math.nan), "norm_eps=nan"),
+        (dict(n_heads=None), "n_heads=None"),
+    ],
+)
 def test_our_own_config_is_checked(changes, message):
     good = json.loads(families.config_from_hf(PUBLISHED["smollm2"]).to_json())
     with pytest.raises(ValueError, match=message):
         config_lib.ModelConfig.from_json(json.dumps(good | changes))
 
 
-HEADER = {"general.architecture": "llama", **{f"llama.{key}": value for key, value in {
-    "context_length": 256, "embedding_length": 32, "block_count": 2, "feed_forward_length": 48,
-    "attention.head_count": 2, "attention.head_count_kv": 1, "attention.key_length": 16, "attention.value_length": 16,
-    "rope.dimension_count": 16, "rope.freq_base": 10000.0, "attention.layer_norm_rms_epsilon": 1e-5,
-    "vocab_size": 60, "rope.scaling.type": "yarn", "rope.scaling.factor": 4.0,
-    "rope.scaling.original_context_length": 64, "rope.scaling.finetuned": True}.items()}}  # fmt: skip
+HEADER = {
+    "general.architecture": "llama",
+    **{
+        f"llama.{key}": value
+        for key, value in {
+            "context_length": 256,
+            "embedding_length": 32,
+            "block_count": 2,
+            "feed_forward_length": 48,
+            "attention.head_count": 2,
+            "attention.head_count_kv": 1,
+            "attention.key_length": 16,
+            "attention.value_length": 16,
+            "rope.dimension_count": 16,
+            "rope.freq_base": 10000.0,
+            "attention.layer_norm_rms_epsilon": 1e-5,
+            "vocab_size": 60,
+            "rope.scaling.type": "yarn",
+            "rope.scaling.factor": 4.0,
+            "rope.scaling.original_context_length": 64,
+            "rope.scaling.finetuned": True,
+        }.items()
+    },
+}
 SHAPES = {"token_embd.weight": (60, 32), "output.weight": (60, 32)}
 
 
@@ -240,16 +355,35 @@ def test_yarn_of_a_gguf_header():
     assert linear == config_lib.RopeScaling("linear", 2.0)
 
 
-@pytest.mark.parametrize("key, value", [
-    ("rope.scaling.yarn_ext_factor", 0.0), ("rope.scaling.yarn_ext_factor", 0.5),
-    ("rope.scaling.yarn_attn_factor", 0.5), ("rope.scaling.alpha", 1000.0), ("rope.dimension_sections", [8, 4, 4, 0]),
-    ("rope.dimension_count", 8), ("rope.dimension_count_swa", 8), ("attention.value_length", 8),
-    ("attention.scale", 0.5), ("attention.clamp_kqv", 8.0), ("attention.max_alibi_bias", 8.0),
-    ("attention.causal", False), ("attention.temperature_scale", 0.1), ("attention.shared_kv_layers", 3),
-    ("attention.sliding_window_pattern", [True, False]), ("expert_count", 8), ("logit_scale", 2.0),
-    ("residual_scale", 0.5), ("final_logit_softcapping", 30.0), ("rope.scaling.yarn_beta_fast", "32"),
-    ("rope.freq_base", -1.0), ("context_length", 2.5), ("attention.head_count", "2"), ("feed_forward_length", []),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "key, value",
+    [
+        ("rope.scaling.yarn_ext_factor", 0.0),
+        ("rope.scaling.yarn_ext_factor", 0.5),
+        ("rope.scaling.yarn_attn_factor", 0.5),
+        ("rope.scaling.alpha", 1000.0),
+        ("rope.dimension_sections", [8, 4, 4, 0]),
+        ("rope.dimension_count", 8),
+        ("rope.dimension_count_swa", 8),
+        ("attention.value_length", 8),
+        ("attention.scale", 0.5),
+        ("attention.clamp_kqv", 8.0),
+        ("attention.max_alibi_bias", 8.0),
+        ("attention.causal", False),
+        ("attention.temperature_scale", 0.1),
+        ("attention.shared_kv_layers", 3),
+        ("attention.sliding_window_pattern", [True, False]),
+        ("expert_count", 8),
+        ("logit_scale", 2.0),
+        ("residual_scale", 0.5),
+        ("final_logit_softcapping", 30.0),
+        ("rope.scaling.yarn_beta_fast", "32"),
+        ("rope.freq_base", -1.0),
+        ("context_length", 2.5),
+        ("attention.head_count", "2"),
+        ("feed_forward_length", []),
+    ],
+)
 def test_gguf_keys_that_are_not_honoured_are_named(key, value):
     more = {"llama.attention.sliding_window": 7} if key.endswith("pattern") else {}
     with pytest.raises(ValueError, match=f"llama.{key}="):
@@ -258,8 +392,14 @@ def test_gguf_keys_that_are_not_honoured_are_named(key, value):
 
 def test_gguf_keys_that_say_nothing_and_unknown_ones():
     plain = families.config_from_gguf(HEADER, SHAPES)
-    silent = {"expert_count": 0, "attention.scale": 0.25, "attention.causal": True, "attention.clamp_kqv": 0.0,
-              "logit_scale": 1.0, "rope.dimension_count_swa": 16}  # fmt: skip
+    silent = {
+        "expert_count": 0,
+        "attention.scale": 0.25,
+        "attention.causal": True,
+        "attention.clamp_kqv": 0.0,
+        "logit_scale": 1.0,
+        "rope.dimension_count_swa": 16,
+    }
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert families.config_from_gguf(HEADER | {f"llama.{k}": v for k, v in silent.items()}, SHAPES) == plain
@@ -270,8 +410,11 @@ def test_gguf_keys_that_say_nothing_and_unknown_ones():
 def test_which_layers_of_gemma_are_local_may_stand_in_the_header():
     header = {key.replace("llama.", "gemma3."): value for key, value in HEADER.items() if "scaling" not in key}
     header |= {"general.architecture": "gemma3", "gemma3.attention.sliding_window": 7, "gemma3.block_count": 7}
-    layers = lambda value: families.config_from_gguf(  # noqa: E731
-        header | {"gemma3.attention.sliding_window_pattern": value}, SHAPES).local_layers  # fmt: skip
+    pattern = "gemma3.attention.sliding_window_pattern"
+
+    def layers(value):
+        return families.config_from_gguf(header | {pattern: value}, SHAPES).local_layers
+
     assert families.config_from_gguf(header, SHAPES).local_layers == (True,) * 5 + (False, True) == layers(6)
     assert layers(2) == (True, False) * 3 + (True,)
     flags = np.array([True, False, False, True, True, False, True])
@@ -289,11 +432,21 @@ def test_damaged_gguf_metadata_is_one_line(data):
     works_or_says(lambda: ends.gather(ends.of_gguf(bad), 60))
 
 
-VOCABULARY = {f"tokenizer.ggml.{key}": value for key, value in {
-    "model": "llama", "tokens": ["<unk>", "<s>", "</s>", "\u2581", "a", "\u2581a"],
-    "scores": np.array([0, 0, 0, -1, -2, -3], np.float32), "token_type": np.array([2, 3, 3, 1, 1, 1]),
-    "bos_token_id": 1, "eos_token_id": 2, "unknown_token_id": 0, "add_bos_token": True, "pre": "default",
-    "add_eos_token": True}.items()} | {"tokenizer.chat_template": "{{ messages }}"}  # fmt: skip
+VOCABULARY = {
+    f"tokenizer.ggml.{key}": value
+    for key, value in {
+        "model": "llama",
+        "tokens": ["<unk>", "<s>", "</s>", "\u2581", "a", "\u2581a"],
+        "scores": np.array([0, 0, 0, -1, -2, -3], np.float32),
+        "token_type": np.array([2, 3, 3, 1, 1, 1]),
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "unknown_token_id": 0,
+        "add_bos_token": True,
+        "pre": "default",
+        "add_eos_token": True,
+    }.items()
+} | {"tokenizer.chat_template": "{{ messages }}"}
 
 
 @DAMAGE

@@ -11,8 +11,8 @@ import tomllib
 import pytest
 import tyro
 
-from allmem_jax import config as config_lib
-from allmem_jax import sharding
+from allmem_jax.model import config as config_lib
+from allmem_jax.model import sharding
 from train import curriculum, finetune, on_policy, rollout
 from train.recipe import FinetuneConfig
 

@@ -9,8 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from allmem_jax import prompts
-from train import data, documents, finetune, lessons, metrics, steps, tiny
+from allmem_jax.evaluation import questions
+from train import finetune
+from train.data import documents, lessons, stream
+from train.loop import metrics, steps, tiny
 from train.recipe import FinetuneConfig
 
 LENGTH = 1200  # bytes
@@ -27,7 +29,7 @@ def texts(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def read(texts, tmp_path_factory):
-    return data.load_documents((str(texts),), tiny.ByteTokenizer(), str(tmp_path_factory.mktemp("cache")))
+    return stream.load_documents((str(texts),), tiny.ByteTokenizer(), str(tmp_path_factory.mktemp("cache")))
 
 
 def make(read, share=1.0, seed=0, **options):
@@ -82,7 +84,9 @@ def test_the_share_of_prose_has_no_answers(read):
 def test_what_models_are_judged_by_is_not_learned(read):
     rows = make(read)
     learned = set(rows._words) | set(rows._names)
-    assert not {word.casefold() for word in learned} & {word.casefold() for word in (*prompts.WORDS, *prompts.NAMES)}
+    assert not {word.casefold() for word in learned} & {
+        word.casefold() for word in (*questions.WORDS, *questions.NAMES)
+    }
 
 
 def test_rows_too_short_for_a_lesson_are_refused(read):
@@ -125,10 +129,26 @@ def test_answers_are_always_drawn_and_weighed_by_themselves(positions):
 
 def test_a_run_learns_from_lessons_and_goes_on(texts, tmp_path):
     recipe = FinetuneConfig(
-        model="tiny", texts=(str(texts),), out=str(tmp_path / "run"), cache=str(tmp_path / "cache"), lessons=0.8,
-        answer_weight=2.0, steps=4, batch=2, seq_length=400, window=(32, 64), sinks=(2, 2), chunk=(16,), d_mem=8,
-        read_out="difference", alpha_init=0.1, warmup=1, checkpoint_every=2, export=False, tensorboard=False,
-    )  # fmt: skip
+        model="tiny",
+        texts=(str(texts),),
+        out=str(tmp_path / "run"),
+        cache=str(tmp_path / "cache"),
+        lessons=0.8,
+        answer_weight=2.0,
+        steps=4,
+        batch=2,
+        seq_length=400,
+        window=(32, 64),
+        sinks=(2, 2),
+        chunk=(16,),
+        d_mem=8,
+        read_out="difference",
+        alpha_init=0.1,
+        warmup=1,
+        checkpoint_every=2,
+        export=False,
+        tensorboard=False,
+    )
     finetune.run(recipe)
     lines = metrics.read_metrics(tmp_path / "run" / "metrics.jsonl")
     assert len(lines) == 4

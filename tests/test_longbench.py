@@ -11,8 +11,14 @@ import pytest
 import tiny_folder
 from tokenizers import processors
 
-from allmem_jax import cli, convert, evals, generation, longbench, longbench_data, model, sections, text
-from allmem_jax import longbench_metrics as metrics
+from allmem_jax import cli
+from allmem_jax.checkpoints import convert
+from allmem_jax.decoding import chat as chat_lib
+from allmem_jax.decoding import generation
+from allmem_jax.evaluation import divergence, longbench, longbench_data
+from allmem_jax.evaluation import longbench_metrics as metrics
+from allmem_jax.model import lm
+from allmem_jax.reporting import sections
 
 pytestmark = pytest.mark.core
 
@@ -48,13 +54,27 @@ WORKED = [
     ("code_similarity", "abc", "abd", {}, 0.67),  # whole percent of 2 * 2 / 6
     ("code_similarity", "`x`", "x", {}, 0),
     # LV-Eval's own documentation works the next three out.
-    ("keyword_f1", "For services to Medicine and to the community in the Cayman Islands.", "For his services to music.",
-     {"keywords": "services to music", "blacklist": BLACKLIST}, 0.4),
-    ("keyword_f1", "Low mechanical flexibility.", "Increased mechanical flexibility.",
-     {"keywords": None, "blacklist": BLACKLIST}, 2 / 3),
-    ("keyword_f1", "There is no mention of Martin or independent publishing of digital books in the passage.",
-     "Martin began independent publishing her books as digital books in 2020.",
-     {"keywords": "2020", "blacklist": BLACKLIST}, 0),
+    (
+        "keyword_f1",
+        "For services to Medicine and to the community in the Cayman Islands.",
+        "For his services to music.",
+        {"keywords": "services to music", "blacklist": BLACKLIST},
+        0.4,
+    ),
+    (
+        "keyword_f1",
+        "Low mechanical flexibility.",
+        "Increased mechanical flexibility.",
+        {"keywords": None, "blacklist": BLACKLIST},
+        2 / 3,
+    ),
+    (
+        "keyword_f1",
+        "There is no mention of Martin or independent publishing of digital books in the passage.",
+        "Martin began independent publishing her books as digital books in 2020.",
+        {"keywords": "2020", "blacklist": BLACKLIST},
+        0,
+    ),
     ("keyword_f1_zh", "导演是穆", "穆基", {"keywords": "穆基", "blacklist": BLACKLIST_ZH, "cut": list}, 1 / 3),
     ("keyword_f1_zh", "导演", "穆基", {"keywords": None, "blacklist": BLACKLIST_ZH, "cut": list}, 0),
     ("filtered_rouge_l_zh", "的鲸", "鲸鱼", {"blacklist": BLACKLIST_ZH, "cut": list}, 2 / 3),
@@ -76,7 +96,7 @@ WORKED = [
     ("math_find", "It is 88", 88.0, {}, 1),
     ("math_find", "12.5 or 88", 88.0, {}, 0),
     ("math_calc", "[1, 4, 8, 9]", [1, 4, 7, 9], {}, 0.5),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("metric", "prediction", "answer", "extra", "value"), WORKED)
@@ -116,16 +136,28 @@ def write(folder, name, *rows):
 
 def question(index=0, **changes):
     """A line of LongBench."""
-    base = {"input": f"What is white, {index}?", "context": SEA * (index + 1), "answers": ["the sea", "the whale"],
-            "length": 3000 * (index + 1), "dataset": "hotpotqa", "language": "en", "all_classes": None,
-            "_id": f"id{index}"}  # fmt: skip
+    base = {
+        "input": f"What is white, {index}?",
+        "context": SEA * (index + 1),
+        "answers": ["the sea", "the whale"],
+        "length": 3000 * (index + 1),
+        "dataset": "hotpotqa",
+        "language": "en",
+        "all_classes": None,
+        "_id": f"id{index}",
+    }
     return {key: value for key, value in (base | changes).items() if value != "absent"}
 
 
 def passkey(index=0, **changes):
     """A line of InfiniteBench."""
-    base = {"id": index, "context": SEA * (index + 1), "input": "What is the pass key?", "answer": ["71432"],
-            "options": []}  # fmt: skip
+    base = {
+        "id": index,
+        "context": SEA * (index + 1),
+        "input": "What is the pass key?",
+        "answer": ["71432"],
+        "options": [],
+    }
     return {key: value for key, value in (base | changes).items() if value != "absent"}
 
 
@@ -183,8 +215,12 @@ def test_what_to_run_is_checked(tmp_path):
     (tmp_path / "qasper.jsonl").write_text("\n")
     with pytest.raises(ValueError, match=r"qasper\.jsonl has no lines"):
         longbench_data.prepare(tmp_path, longbench_data.Settings("longbench"))
-    for wrong in (dict(suite="ruler"), dict(suite="lveval", limit=0), dict(suite="lveval", chat="no"),
-                  dict(suite="lveval", max_length=1)):  # fmt: skip
+    for wrong in (
+        dict(suite="ruler"),
+        dict(suite="lveval", limit=0),
+        dict(suite="lveval", chat="no"),
+        dict(suite="lveval", max_length=1),
+    ):
         with pytest.raises(ValueError, match="is not one of|must be at least"):
             longbench_data.Settings(**wrong)
 
@@ -291,7 +327,7 @@ def tiny(tmp_path_factory):
     config, params, tokenizer = convert.load_pretrained(
         tiny_folder.write(folder / "plain"), window=24, sinks=2, chunk=8, d_mem=8
     )
-    params = model.merge_params(params, model.init_memory(config, seed=1))
+    params = lm.merge_params(params, lm.init_memory(config, seed=1))
     convert.save_pretrained(folder / "converted", config, params, tokenizer)
     return folder / "converted", config, params, tokenizer
 
@@ -324,18 +360,36 @@ def test_predictions_are_those_of_the_model(tiny, tmp_path):
     path, config, params, tokenizer = tiny
     data = write(tmp_path / "data", "passkey", *(passkey(index) for index in (0, 2, 1)))
     out, length = tmp_path / "out", 220
-    arguments = ["longbench", path, data, "--suite", "infinitebench", "--mixers", "full", "swa", "allmem",
-                 "--batch", "2", "--max-length", length, "--out", out]  # fmt: skip
+    arguments = [
+        "longbench",
+        path,
+        data,
+        "--suite",
+        "infinitebench",
+        "--mixers",
+        "full",
+        "swa",
+        "allmem",
+        "--batch",
+        "2",
+        "--max-length",
+        length,
+        "--out",
+        out,
+    ]
     assert cli.main([str(argument) for argument in arguments]) == 0
     lines = [json.loads(line) for line in (out / "passkey.jsonl").read_text().splitlines()]
     assert [(line["mixer"], line["id"]) for line in lines[3:6]] == [("swa", "2"), ("swa", "1"), ("swa", "0")]
-    examples = list(longbench_data.read_examples(data, longbench_data.known_tasks("infinitebench")["passkey"],
-                                                 longbench_data.Settings("infinitebench")))  # fmt: skip
+    examples = list(
+        longbench_data.read_examples(
+            data, longbench_data.known_tasks("infinitebench")["passkey"], longbench_data.Settings("infinitebench")
+        )
+    )
     for variant in longbench.variants(config, params, ("swa", "allmem")):
         for example in examples:
             ids, _ = longbench.encode(tokenizer, example.prompt, length, chat=False)
             (expected, _) = generation.generate(
-                params, variant.config, [ids, ids], max_tokens=6, stop_tokens=text.stop_tokens(tokenizer), piece=512
+                params, variant.config, [ids, ids], max_tokens=6, stop_tokens=chat_lib.stop_tokens(tokenizer), piece=512
             )
             (line,) = [line for line in lines if (line["mixer"], line["id"]) == (variant.name, example.id)]
             assert line["pred"] == tokenizer.decode(expected) and line["tokens"] == len(ids)
@@ -411,8 +465,9 @@ def test_a_second_run_goes_on(tiny, tmp_path, monkeypatch):
 
 def test_scores_and_lengths(tiny, tmp_path, monkeypatch):
     """LongBench-E: right where the model says one of the answers, by the length that the file states."""
-    data = write(tmp_path / "data", "hotpotqa_e", *(question(index) for index in range(2)),
-                 question(2, answers=["the ship"]))  # fmt: skip
+    data = write(
+        tmp_path / "data", "hotpotqa_e", *(question(index) for index in range(2)), question(2, answers=["the ship"])
+    )
     monkeypatch.setattr(generation, "generate", answering("The whale.")[0])
     results = run(tiny, data, tmp_path / "out", "longbench_e", max_length=60)
     task = results["tasks"]["hotpotqa_e"]
@@ -448,13 +503,16 @@ def test_levels_of_lveval(tiny, tmp_path, monkeypatch):
 
 def test_variants_name_what_is_missing(tiny):
     _, config, params, _ = tiny
-    backbone, _ = model.split_params(params)
+    backbone, _ = lm.split_params(params)
     names = ("full", "swa", "allmem", "write_off")
     chosen = longbench.variants(config, params, names)
     assert [(each.config.mixer, each.config.write) for each in chosen] == [
-        ("full", True), ("swa", True), ("allmem", True), ("allmem", False)
-    ]  # fmt: skip
-    assert isinstance(chosen[2], evals.Variant) and chosen[0].memory is None
+        ("full", True),
+        ("swa", True),
+        ("allmem", True),
+        ("allmem", False),
+    ]
+    assert isinstance(chosen[2], divergence.Variant) and chosen[0].memory is None
     wrong = [("allmem", backbone, "no memory"), ("delta", params, "allmem memory"), ("rwkv", params, "is not one of")]
     for mixer, parameters, message in wrong:
         with pytest.raises(ValueError, match=message):
@@ -463,12 +521,12 @@ def test_variants_name_what_is_missing(tiny):
 
 def test_another_model_has_another_key(tiny):
     _, config, params, _ = tiny
-    backbone, memory = model.split_params(params)
+    backbone, memory = lm.split_params(params)
     (variant,) = longbench.variants(config, params, ("allmem",))
     key = longbench._model(variant, backbone).key
     assert longbench._model(variant, backbone).key == key
     parts = memory["layers"]["memory"]
     trained = {"layers": {"memory": {**parts, "alpha": np.ones_like(parts["alpha"])}}}
-    assert longbench._model(evals.Variant("allmem", variant.config, trained), backbone).key != key
+    assert longbench._model(divergence.Variant("allmem", variant.config, trained), backbone).key != key
     (wide, narrow) = (longbench.variants(config.replace(window=window), params, ("full",))[0] for window in (24, 8))
     assert longbench._model(wide, backbone).key == longbench._model(narrow, backbone).key

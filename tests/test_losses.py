@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from allmem_jax import losses
+from allmem_jax.model import losses
 
 pytestmark = pytest.mark.core
 BATCH, LENGTH, MODEL, VOCAB = 2, 37, 8, 67

@@ -4,9 +4,11 @@ import jax
 import numpy as np
 import pytest
 
-from allmem_jax import cli, convert, memory_file, model
+from allmem_jax import cli
+from allmem_jax.checkpoints import convert, memory_file
+from allmem_jax.model import lm
 from tests import tiny_folder
-from train import reading
+from train.experiments import reading
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +24,7 @@ def saved(plain, tmp_path_factory):
     """A memory for it with every leaf random, and its file."""
     loaded, _, _ = convert.load_pretrained(plain)
     config = loaded.replace(mixer="allmem", window=24, sinks=2, chunk=8, d_mem=8, read_out="difference")
-    leaves, tree = jax.tree.flatten(model.init_memory(config))
+    leaves, tree = jax.tree.flatten(lm.init_memory(config))
     rng = np.random.default_rng(0)
     memory = tree.unflatten([rng.normal(0, 0.3, leaf.shape).astype("f") for leaf in leaves])
     path = tmp_path_factory.mktemp("file") / "some.safetensors"
@@ -34,7 +36,7 @@ def test_it_comes_back_to_half_a_step_of_its_scale(plain, saved):
     config, memory, path = saved
     found, params, _ = convert.load_pretrained(plain, memory=path)
     assert found == config.replace(eos_tokens=found.eos_tokens)
-    _, got = model.split_params(params)
+    _, got = lm.split_params(params)
     assert jax.tree.structure(got) == jax.tree.structure(memory)
     flat, wanted = (convert._flatten(tree["layers"]["memory"]) for tree in (got, memory))
     for name, leaf in wanted.items():

@@ -8,10 +8,14 @@ import numpy as np
 import pytest
 from test_model import LENGTH, TINY, random_params, random_split, random_tokens, read_in_pieces, relative, silence
 
-from allmem_jax import config as config_lib
-from allmem_jax import convert, evals, generation, layers, linear_memory, model, sharding
-from allmem_jax import state as state_lib
-from train import finetune, programs, steps
+from allmem_jax.checkpoints import convert
+from allmem_jax.decoding import generation
+from allmem_jax.evaluation import divergence
+from allmem_jax.model import config as config_lib
+from allmem_jax.model import decoder, layers, linear_memory, lm, sharding
+from allmem_jax.model import state as state_lib
+from train import finetune
+from train.loop import compiled, steps
 from train.recipe import FinetuneConfig
 
 pytestmark = pytest.mark.core
@@ -30,7 +34,7 @@ def short_blocks(monkeypatch):
 @functools.partial(jax.jit, static_argnums=0)
 def forward(config, params, tokens, segment_ids=None):
     """Logits; compiles once for each config and shape, so most tests below give it TINY and [3, LENGTH]."""
-    return model.AllMemLM(config).apply({"params": params}, tokens, segment_ids=segment_ids)
+    return lm.AllMemLM(config).apply({"params": params}, tokens, segment_ids=segment_ids)
 
 
 def one_head(rule, q, k, v, log_decay, beta, state, valid, reset):
@@ -148,7 +152,7 @@ def parameters(config: config_lib.ModelConfig) -> int:
     """Of one layer's memory, counted on the module."""
     x = jnp.zeros((1, 1, config.d_model))
     shared = layers.Shared(rope=(x, x), local_rope=(x, x), window=1, sinks=0)
-    module = layers.MEMORIES[config.mixer](config)
+    module = decoder.MEMORIES[config.mixer](config)
     shapes = jax.eval_shape(lambda: module.init(jax.random.key(0), x, None, shared)["params"])
     return sum(leaf.size for leaf in jax.tree.leaves(shapes))
 
@@ -221,7 +225,7 @@ def test_alpha_and_write_are_its_controls(mixer, short_blocks):
     """Silent, it is windowed attention; with writing off, it knows nothing beyond window and convolutions."""
     config, tokens = TINY.replace(mixer=mixer), random_tokens(3)
     params = random_params(config)
-    windowed = forward(config.replace(mixer="swa"), model.split_params(params)[0], tokens)
+    windowed = forward(config.replace(mixer="swa"), lm.split_params(params)[0], tokens)
     assert relative(forward(config, silence(params), tokens), windowed) < 1e-6
     assert relative(forward(config, params, tokens), windowed) > 1e-2
     shallow = params | {"layers": jax.tree.map(lambda leaf: leaf[:1], params["layers"])}
@@ -235,7 +239,7 @@ def test_alpha_and_write_are_its_controls(mixer, short_blocks):
 
 def test_variants_keep_the_mixer():
     config = TINY.replace(mixer="delta")
-    variants = evals.standard_variants(config, model.split_params(random_params(config))[1])
+    variants = divergence.standard_variants(config, lm.split_params(random_params(config))[1])
     assert [(v.config.mixer, v.config.write) for v in variants] == [("swa", True), ("delta", True), ("delta", False)]
 
 
@@ -276,14 +280,25 @@ def test_generates_and_its_state_is_a_file(tmp_path, mixer, short_blocks):
 @pytest.mark.slow
 @pytest.mark.parametrize("mixer", BASELINES)
 def test_distils_one_step(mixer):
-    """One update through `train.steps`: finite, of alpha alone at first, with the rates that the memory reports."""
-    recipe = FinetuneConfig(model="tiny", out="unused", mixer=mixer, steps=2, d_mem=8, window=(6, 6), sinks=(1, 1),
-                            chunk=(8,), seq_length=24, batch=2, warmup=0)  # fmt: skip
+    """One update of training: finite, of alpha alone at first, with the rates that the memory reports."""
+    recipe = FinetuneConfig(
+        model="tiny",
+        out="unused",
+        mixer=mixer,
+        steps=2,
+        d_mem=8,
+        window=(6, 6),
+        sinks=(1, 1),
+        chunk=(8,),
+        seq_length=24,
+        batch=2,
+        warmup=0,
+    )
     recipe.check()
     assert recipe.identity()["mixer"] == mixer
     start = finetune.load(recipe)
     assert start.config.mixer == mixer
-    optimizer = programs.optimizer(recipe)
+    optimizer = compiled.optimizer(recipe)
     tokens = np.random.default_rng(0).integers(0, 256, (2, 25)).astype(np.int32)
     batch = steps.Batch(jnp.asarray(tokens[:, :-1]), jnp.asarray(tokens[:, 1:]), jnp.ones((2, 24), bool))
     step = jax.jit(functools.partial(steps.train_step, config=start.config, loss=steps.Loss(), optimizer=optimizer))
@@ -301,7 +316,7 @@ def test_sharded_like_the_memory():
     mesh = jax.sharding.AbstractMesh((1, 2, 2, 1), sharding.AXES)
     for mixer in BASELINES:
         config = TINY.replace(mixer=mixer, n_mem=2)
-        shapes = jax.eval_shape(functools.partial(model.init_memory, config))
+        shapes = jax.eval_shape(functools.partial(lm.init_memory, config))
         leaves = jax.tree_util.tree_leaves_with_path(sharding.tree_shardings(shapes, mesh))
         specs = {sharding.path_string(path).removeprefix("layers/memory/"): tuple(leaf.spec) for path, leaf in leaves}
         assert specs["z_proj/kernel"] == (None, "fsdp", "tensor")

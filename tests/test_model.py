@@ -8,30 +8,51 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from allmem_jax import config as config_lib
-from allmem_jax import functional, layers, model
-from allmem_jax import state as state_lib
+from allmem_jax.model import config as config_lib
+from allmem_jax.model import functional, layers, lm
+from allmem_jax.model import state as state_lib
 
 pytestmark = pytest.mark.core
 
 LENGTH = 29
 TINY = config_lib.ModelConfig(
-    vocab_size=61, d_model=24, n_layers=3, n_heads=4, n_kv_heads=2, head_dim=8, d_ff=40, window=6, sinks=2, chunk=5,
-    n_mem=3, d_mem=8, alpha_init=0.7, lr_init=0.2,
-)  # fmt: skip
+    vocab_size=61,
+    d_model=24,
+    n_layers=3,
+    n_heads=4,
+    n_kv_heads=2,
+    head_dim=8,
+    d_ff=40,
+    window=6,
+    sinks=2,
+    chunk=5,
+    n_mem=3,
+    d_mem=8,
+    alpha_init=0.7,
+    lr_init=0.2,
+)
 GEMMA = TINY.replace(
-    family="gemma3_text", qk_norm=True, activation="gelu_tanh", sandwich_norms=True, norm_offset=1.0, embed_scale=5.0,
-    query_scale=0.3, local_layers=(True, False, True), local_window=4, local_rope_theta=100.0, n_kv_heads=1,
+    family="gemma3_text",
+    qk_norm=True,
+    activation="gelu_tanh",
+    sandwich_norms=True,
+    norm_offset=1.0,
+    embed_scale=5.0,
+    query_scale=0.3,
+    local_layers=(True, False, True),
+    local_window=4,
+    local_rope_theta=100.0,
+    n_kv_heads=1,
     rope_scaling=config_lib.RopeScaling("linear", 8.0),
-)  # fmt: skip
+)
 DELAYED = TINY.replace(read_out="difference", delay=True, window=11)  # six tokens wait
 BIASED = TINY.replace(qkv_bias=True, o_bias=True, mlp_bias=True, tie_embeddings=False, qk_scale="rms", chunk=6)
 
 
 @functools.cache
-def random_params(config: config_lib.ModelConfig, seed: int = 0) -> model.Params:
+def random_params(config: config_lib.ModelConfig, seed: int = 0) -> lm.Params:
     """Parameters with every leaf random, biases and norms too."""
-    params = model.init_params(config, seed)
+    params = lm.init_params(config, seed)
     leaves, tree = jax.tree.flatten(params)
     keys = jax.random.split(jax.random.key(seed + 1), len(leaves))
     return tree.unflatten(
@@ -43,8 +64,8 @@ def random_tokens(batch: int, length: int = LENGTH, seed: int = 0) -> np.ndarray
     return np.random.default_rng(seed).integers(0, TINY.vocab_size, (batch, length)).astype(np.int32)
 
 
-def forward(config: config_lib.ModelConfig, params: model.Params, tokens: np.ndarray, **kwargs) -> jax.Array:
-    return jax.jit(lambda p, t: model.AllMemLM(config).apply({"params": p}, t, **kwargs))(params, tokens)
+def forward(config: config_lib.ModelConfig, params: lm.Params, tokens: np.ndarray, **kwargs) -> jax.Array:
+    return jax.jit(lambda p, t: lm.AllMemLM(config).apply({"params": p}, t, **kwargs))(params, tokens)
 
 
 def relative(a, b) -> float:
@@ -52,7 +73,7 @@ def relative(a, b) -> float:
     return float(np.linalg.norm(a - b) / np.linalg.norm(b))
 
 
-def silence(params: model.Params) -> model.Params:
+def silence(params: lm.Params) -> lm.Params:
     """The same parameters with alpha = 0."""
     memory = params["layers"]["memory"]
     return params | {"layers": params["layers"] | {"memory": memory | {"alpha": 0 * memory["alpha"]}}}
@@ -73,16 +94,16 @@ def test_silent_memory_changes_nothing(config):
 
 def test_teacher_needs_no_memory_parameters():
     params, tokens = random_params(TINY), random_tokens(1)
-    backbone, memory = model.split_params(params)
+    backbone, memory = lm.split_params(params)
     config = TINY.replace(mixer="full")
     np.testing.assert_array_equal(forward(config, backbone, tokens), forward(config, params, tokens))
-    assert jax.tree.structure(model.merge_params(backbone, memory)) == jax.tree.structure(params)
-    assert jax.tree.map(jnp.shape, model.init_memory(TINY)) == jax.tree.map(jnp.shape, memory)
+    assert jax.tree.structure(lm.merge_params(backbone, memory)) == jax.tree.structure(params)
+    assert jax.tree.map(jnp.shape, lm.init_memory(TINY)) == jax.tree.map(jnp.shape, memory)
 
 
 def test_windows_and_sinks_may_be_traced():
     params, tokens = random_params(TINY), random_tokens(1)
-    compiled = jax.jit(lambda w, s: model.AllMemLM(TINY).apply({"params": params}, tokens, window=w, sinks=s))
+    compiled = jax.jit(lambda w, s: lm.AllMemLM(TINY).apply({"params": params}, tokens, window=w, sinks=s))
     for window, sinks in [(3, 0), (7, 4), (LENGTH, 1)]:
         config = TINY.replace(window=window, sinks=sinks)
         assert relative(compiled(window, sinks), forward(config, params, tokens)) < 1e-5
@@ -106,7 +127,7 @@ def test_write_off_is_a_fixed_network():
 
 @functools.partial(jax.jit, static_argnums=0)
 def step(config, params, tokens, lengths, state):
-    return model.AllMemLM(config).apply({"params": params}, tokens, lengths=lengths, state=state)
+    return lm.AllMemLM(config).apply({"params": params}, tokens, lengths=lengths, state=state)
 
 
 def read_in_pieces(config, params, tokens, lengths, splits):
@@ -170,7 +191,7 @@ def test_nothing_written_gives_no_gradient(dtype):
 
     def total(memory, chunk):
         changed = params | {"layers": params["layers"] | {"memory": memory}}
-        return model.AllMemLM(config.replace(chunk=chunk)).apply({"params": changed}, tokens).astype(jnp.float32).std()
+        return lm.AllMemLM(config.replace(chunk=chunk)).apply({"params": changed}, tokens).astype(jnp.float32).std()
 
     gradient = jax.jit(jax.grad(total), static_argnums=1)
     assert all(not np.any(leaf) for leaf in jax.tree.leaves(gradient(params["layers"]["memory"], LENGTH)))
@@ -220,7 +241,7 @@ def test_nothing_is_added_within_the_window():
     np.testing.assert_array_equal(ours[:, :10], theirs[:, :10])
     assert relative(ours[:, 10:], theirs[:, 10:]) > 1e-3
     wide = config.replace(window=20)
-    traced = jax.jit(lambda w: model.AllMemLM(wide).apply({"params": params}, tokens, window=w))
+    traced = jax.jit(lambda w: lm.AllMemLM(wide).apply({"params": params}, tokens, window=w))
     for window in (3, 10, 40):  # shorter than a chunk, and longer than the row
         assert relative(traced(jnp.int32(window)), forward(config.replace(window=window), params, tokens)) < 2e-5
 
@@ -254,7 +275,7 @@ def test_packed_documents_equal_separate_rows(config):
 def test_state_is_constant_and_forks():
     config, params = TINY, random_params(TINY)
     tokens = random_tokens(1)
-    apply = jax.jit(lambda t, s: model.AllMemLM(config).apply({"params": params}, t, state=s))
+    apply = jax.jit(lambda t, s: lm.AllMemLM(config).apply({"params": params}, t, state=s))
     _, short = apply(tokens[:, :10], state_lib.init_state(config, 1))
     _, long = apply(tokens[:, :10], short)
     assert jax.tree.map(jnp.shape, short) == jax.tree.map(jnp.shape, long)
@@ -300,7 +321,7 @@ def test_states_are_files(tmp_path, config):
 )
 def test_the_state_of_another_config_is_refused(made, message):
     other = state_lib.init_state(TINY.replace(**made), 2)
-    run = lambda state: model.AllMemLM(TINY).apply({"params": random_params(TINY)}, random_tokens(2, 4), state=state)  # noqa: E731
+    run = lambda state: lm.AllMemLM(TINY).apply({"params": random_params(TINY)}, random_tokens(2, 4), state=state)  # noqa: E731
     with pytest.raises(ValueError, match=message):
         jax.eval_shape(run, other)
     with pytest.raises(ValueError, match="use the config that the state was made with"):
@@ -320,7 +341,7 @@ def test_bfloat16_stays_near_float32():
 @pytest.mark.parametrize("name,millions", [("qwen3-0.6b", 66), ("qwen3-1.7b", 126)])
 def test_added_parameters_match_the_paper(name, millions):
     config = config_lib.preset(name)
-    shapes = jax.eval_shape(lambda: model.init_memory(config))
+    shapes = jax.eval_shape(lambda: lm.init_memory(config))
     assert abs(sum(leaf.size for leaf in jax.tree.leaves(shapes)) / 1e6 - millions) < 1
 
 
@@ -367,20 +388,20 @@ def test_model_refuses_what_it_cannot_mean():
     tokens = random_tokens(1)
     params = random_params(TINY)
     with pytest.raises(ValueError, match="together with state"):
-        model.AllMemLM(TINY).apply({"params": params}, tokens, state=state_lib.init_state(TINY, 1), window=3)
+        lm.AllMemLM(TINY).apply({"params": params}, tokens, state=state_lib.init_state(TINY, 1), window=3)
     with pytest.raises(ValueError, match="mixer='swa'"):
         state_lib.init_state(TINY.replace(mixer="full"), 1)
     with pytest.raises(ValueError, match="tokens must be integers"):
-        model.AllMemLM(TINY).apply({"params": params}, tokens[0])
+        lm.AllMemLM(TINY).apply({"params": params}, tokens[0])
 
 
 @pytest.mark.parametrize("remat", ["dots", "none"])
 def test_what_a_layer_keeps_changes_no_gradient(remat):
     tokens = jnp.asarray(np.random.default_rng(0).integers(0, TINY.vocab_size, (2, 24)))
-    params = model.init_params(TINY)
+    params = lm.init_params(TINY)
 
     def gradient(config):
-        loss = lambda params: jnp.sum(jnp.square(model.AllMemLM(config).apply({"params": params}, tokens)))  # noqa: E731
+        loss = lambda params: jnp.sum(jnp.square(lm.AllMemLM(config).apply({"params": params}, tokens)))  # noqa: E731
         return jax.jit(jax.grad(loss))(params)
 
     for got, want in zip(*map(jax.tree.leaves, (gradient(TINY.replace(remat=remat)), gradient(TINY))), strict=True):

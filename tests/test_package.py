@@ -8,7 +8,7 @@ import zipfile
 
 import pytest
 
-from allmem_jax import memory_file
+from allmem_jax.checkpoints import memory_file
 
 ROOT = pathlib.Path(__file__).parent.parent
 PIP = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--no-input"]

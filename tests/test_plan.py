@@ -8,9 +8,12 @@ import jax
 import numpy as np
 import pytest
 
-from allmem_jax import config as config_lib
-from allmem_jax import cost, families, sharding
-from train import finetune, flops, plan
+from allmem_jax.checkpoints import families
+from allmem_jax.evaluation import cost
+from allmem_jax.model import config as config_lib
+from allmem_jax.model import sharding
+from train import finetune
+from train.loop import flops, plan
 from train.recipe import FinetuneConfig
 
 VOCABULARY, POSITIONS = 251, 128  # a number of tokens that no other axis has
@@ -19,9 +22,17 @@ VOCABULARY, POSITIONS = 251, 128  # a number of tokens that no other axis has
 @pytest.fixture(scope="module")
 def recipe():
     return FinetuneConfig(
-        model="tiny", out="unused", batch=1, seq_length=512, window=(64, 64), sinks=(4, 4), chunk=(64,), d_mem=8,
-        loss_block=16, positions=POSITIONS / 512,
-    )  # fmt: skip
+        model="tiny",
+        out="unused",
+        batch=1,
+        seq_length=512,
+        window=(64, 64),
+        sinks=(4, 4),
+        chunk=(64,),
+        d_mem=8,
+        loss_block=16,
+        positions=POSITIONS / 512,
+    )
 
 
 @pytest.fixture(scope="module")

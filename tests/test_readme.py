@@ -22,7 +22,8 @@ import tiny_folder
 import tyro
 from test_cli import LONGBENCH, parsed
 
-from allmem_jax import cli, generation
+from allmem_jax import cli
+from allmem_jax.decoding import generation
 
 ROOT = pathlib.Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()

@@ -7,8 +7,9 @@ import jax
 import numpy as np
 import pytest
 
-from allmem_jax import model, sections
-from train import recall, recall_grid
+from allmem_jax.model import lm
+from allmem_jax.reporting import sections
+from train.experiments import recall, recall_grid
 
 TINY = recall.TinyModel(d_model=16, d_mem=8)
 MQAR = recall.RecallConfig(pairs=(2, 4), gap=(20, 24), batch=32, model=TINY)
@@ -53,8 +54,8 @@ def test_only_a_memory_can_know_the_answer(variant, remembers):
     told &= drawn.tokens < config.keys + config.values
     assert told.sum() == 16
     others = np.where(told, config.keys + (drawn.tokens - config.keys + 1) % config.values, drawn.tokens)
-    params = model.init_params(tiny)
-    apply = jax.jit(lambda tokens: model.AllMemLM(tiny).apply({"params": params}, tokens))
+    params = lm.init_params(tiny)
+    apply = jax.jit(lambda tokens: lm.AllMemLM(tiny).apply({"params": params}, tokens))
     one, two = (np.asarray(apply(tokens))[np.arange(4), first] for tokens in (drawn.tokens, others))
     assert (not np.array_equal(one, two)) == remembers
 
@@ -102,7 +103,7 @@ def test_grid_keeps_what_it_has_trained(tmp_path, monkeypatch):
     assert all(0 <= value <= 1 for _, _, value in row["accuracy"])
     monkeypatch.setattr(recall, "train", None)  # nothing is trained again
     assert recall_grid.main(settings) == made
-    assert made.command == f"python -m train.recall_grid --out {tmp_path} --settings mqar --seeds 0 1"
+    assert made.command == f"python -m train.experiments.recall_grid --out {tmp_path} --settings mqar --seeds 0 1"
     assert sections.load(tmp_path / "section.json").tables == made.tables
     with pytest.raises(ValueError, match=r"mqar-swa-0.json is the result of other settings"):
         recall_grid.main(dataclasses.replace(settings, steps=10))

@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
 
-from train import documents, formats, prompts, records, tiny
+from train.data import documents, formats, prompts, records
+from train.loop import tiny
 
 pytestmark = pytest.mark.core
 

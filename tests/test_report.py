@@ -9,14 +9,21 @@ import pytest
 import tiny_folder
 from test_cli import parsed
 
-from allmem_jax import cli, cost, evaluation_report, full_report, latency, longbench, report, sections, tasks
+from allmem_jax import cli
+from allmem_jax.evaluation import cost, divergence_report, full_report, latency, longbench, recall
+from allmem_jax.reporting import page as page_lib
+from allmem_jax.reporting import sections
 
 PLOT = sections.Plot("a $ b", "tokens", "nats", {"x_1 & y": ((1.0, 2.0), (3.0, None)), "z": ((1.0, 2.0), (0.5, 0.1))})
 SECTION = sections.Section(
-    "one", "First <b>", "allmem <x> & y", ("Found <i>it</i>.", "And more."),
+    "one",
+    "First <b>",
+    "allmem <x> & y",
+    ("Found <i>it</i>.", "And more."),
     (sections.Table("cap <", ("name", "value", "said"), (("<script>", "1.5 ± 0.2", "line\nline"), ("b", "-", "2 >"))),),
-    (PLOT,), {"raw": [1, None]},
-)  # fmt: skip
+    (PLOT,),
+    {"raw": [1, None]},
+)
 PARTS = full_report.PARTS
 QUICK = ("--skip", "distance", "answers")  # those that compile the model
 
@@ -36,12 +43,19 @@ def outside(html):
 @pytest.mark.core
 def test_a_page_is_one_escaped_file(tmp_path):
     two = dataclasses.replace(SECTION, name="two", title="Second", plots=(), text=())
-    page = report.write(tmp_path, report.Report("A & B", (SECTION, two), ("A <note>.",), failed=("two",)))
+    page = page_lib.write(tmp_path, page_lib.Report("A & B", (SECTION, two), ("A <note>.",), failed=("two",)))
     html = page.read_text()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["index.html", "one.png", "report.json"]
     assert not outside(html) and html.count("data:image/png;base64,") == 1
-    for text in ("A &amp; B", "A &lt;note&gt;.", "First &lt;b&gt;", "Found &lt;i&gt;it", "&lt;script&gt;", "cap &lt;",
-                 "allmem &lt;x&gt; &amp; y"):  # fmt: skip
+    for text in (
+        "A &amp; B",
+        "A &lt;note&gt;.",
+        "First &lt;b&gt;",
+        "Found &lt;i&gt;it",
+        "&lt;script&gt;",
+        "cap &lt;",
+        "allmem &lt;x&gt; &amp; y",
+    ):
         assert text in html
     assert html.index('href="#one"') < html.index('href="#two"') < html.index('id="one"') < html.index('id="two"')
     assert html.count('class="failed"') == 2 and "Content-Security-Policy" in html
@@ -51,7 +65,7 @@ def test_a_page_is_one_escaped_file(tmp_path):
 
 @pytest.mark.core
 def test_columns_of_words_are_set_as_words():
-    html = report.table(SECTION.tables[0])
+    html = page_lib.table(SECTION.tables[0])
     assert html.count('class="words"') == 2 * 3 and "<td>1.5 ± 0.2</td>" in html
     assert '<td class="words">line\nline</td>' in html
 
@@ -59,19 +73,19 @@ def test_columns_of_words_are_set_as_words():
 @pytest.mark.core
 def test_pictures_and_their_absence():
     logarithmic = dataclasses.replace(PLOT, log_x=True, log_y=True, mark_x=1.5)
-    picture = report.draw(dataclasses.replace(SECTION, plots=(PLOT, logarithmic, PLOT)))
+    picture = page_lib.draw(dataclasses.replace(SECTION, plots=(PLOT, logarithmic, PLOT)))
     assert picture[:8] == b"\x89PNG\r\n\x1a\n" and len(picture) > 10_000
     with pytest.raises(ValueError, match="'one' has no plots"):
-        report.draw(dataclasses.replace(SECTION, plots=()))
+        page_lib.draw(dataclasses.replace(SECTION, plots=()))
 
 
 @pytest.mark.core
 @pytest.mark.parametrize("name", ["", "../out", "a b", ".hidden", "a/b"])
 def test_names_that_are_no_file_names(name, tmp_path):
     with pytest.raises(ValueError, match="names a file"):
-        report.write(tmp_path, report.Report("t", (dataclasses.replace(SECTION, name=name),)))
+        page_lib.write(tmp_path, page_lib.Report("t", (dataclasses.replace(SECTION, name=name),)))
     with pytest.raises(ValueError, match="two sections are named 'one'"):
-        report.write(tmp_path, report.Report("t", (SECTION, SECTION)))
+        page_lib.write(tmp_path, page_lib.Report("t", (SECTION, SECTION)))
     assert not list(tmp_path.iterdir())
 
 
@@ -93,8 +107,8 @@ def calls(monkeypatch):
     def counted(name, function):
         return lambda *args, **kwargs: called.append(name) or function(*args, **kwargs)
 
-    monkeypatch.setattr(evaluation_report, "measure", counted("distance", evaluation_report.measure))
-    for name, module in (("answers", tasks), ("cost", cost), ("latency", latency)):
+    monkeypatch.setattr(divergence_report, "measure", counted("distance", divergence_report.measure))
+    for name, module in (("answers", recall), ("cost", cost), ("latency", latency)):
         monkeypatch.setattr(module, "section", counted(name, lambda *_, **__: SECTION))
     return called
 
@@ -116,7 +130,7 @@ def test_every_part_is_shown_and_a_second_run_measures_nothing(folder, tmp_path,
     assert not outside(html) and "converted &lt;1&gt;" in html
     saved = json.loads((tmp_path / "report.json").read_text())
     for section in saved["sections"][1:]:
-        assert section["command"] and report.html.escape(section["command"]) in html
+        assert section["command"] and page_lib.html.escape(section["command"]) in html
         assert [section["title"], section["text"][0]] in saved["sections"][0]["tables"][0]["rows"]
     monkeypatch.setattr(cli, "_load", lambda *_: pytest.fail("a complete report loads no model"))
     assert run(folder, tmp_path, "--skip", "cost") == 0
@@ -209,8 +223,16 @@ def test_errors_come_before_anything_runs(folder, tmp_path, calls, capsys):
 
 
 def test_longbench_is_scored_where_there_are_files(folder, tmp_path, calls, monkeypatch):
-    line = {"context": tiny_folder.WORDS[:200], "input": "who?", "answers": ["the whale"], "length": 40, "_id": "1",
-            "dataset": "hotpotqa", "language": "en", "all_classes": None}  # fmt: skip
+    line = {
+        "context": tiny_folder.WORDS[:200],
+        "input": "who?",
+        "answers": ["the whale"],
+        "length": 40,
+        "_id": "1",
+        "dataset": "hotpotqa",
+        "language": "en",
+        "all_classes": None,
+    }
     data = tmp_path / "data"
     data.mkdir()
     (data / "hotpotqa.jsonl").write_text(json.dumps(line) + "\n")
@@ -232,7 +254,7 @@ def test_longbench_is_scored_where_there_are_files(folder, tmp_path, calls, monk
 
 def test_what_does_not_fit_the_window_is_left_out(folder, tmp_path, calls, monkeypatch):
     asked = []
-    monkeypatch.setattr(tasks, "section", lambda settings, *_, **__: asked.append(settings) or SECTION)
+    monkeypatch.setattr(recall, "section", lambda settings, *_, **__: asked.append(settings) or SECTION)
     skip = [name for name in PARTS if name != "answers"]
     assert run(folder, tmp_path, "--skip", *skip, "--prompt-length", "200", "--samples", "3") == 0
     (settings,) = asked

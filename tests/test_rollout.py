@@ -16,9 +16,13 @@ import pytest
 from array_record.python import array_record_module
 from pyarrow import parquet
 
-from allmem_jax import generation, model, stores, text
-from train import checkpoint, documents, finetune, on_policy, rollout, tiny
-from train import prompts as prompts_lib
+from allmem_jax.decoding import chat, generation
+from allmem_jax.model import lm
+from allmem_jax.storage import stores
+from train import finetune, on_policy, rollout
+from train.data import documents
+from train.data import prompts as prompts_lib
+from train.loop import checkpoint, tiny
 from train.recipe import FinetuneConfig
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -45,11 +49,11 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def student():
-    memory = model.init_memory(CONFIG)
+    memory = lm.init_memory(CONFIG)
     alpha = jnp.full_like(memory["layers"]["memory"]["alpha"], 0.3)
     memory = {"layers": {"memory": memory["layers"]["memory"] | {"alpha": alpha}}}
     tokenizer = tiny.ByteTokenizer()
-    params = model.merge_params(tiny.backbone(), memory)
+    params = lm.merge_params(tiny.backbone(), memory)
     return rollout.Student(CONFIG, params, tokenizer, rollout.stop_tokens(tokenizer, CONFIG))
 
 
@@ -166,7 +170,7 @@ def test_finished_is_what_a_stop_token_ended(student, prompts, monkeypatch):
 
 
 def test_stop_tokens_are_those_of_tokenizer_and_model(monkeypatch):
-    monkeypatch.setattr(text, "stop_tokens", lambda *arguments: list(arguments))
+    monkeypatch.setattr(chat, "stop_tokens", lambda *arguments: list(arguments))
     assert rollout.stop_tokens("tokenizer", CONFIG) == ["tokenizer", CONFIG]
     assert rollout.stop_tokens(tiny.ByteTokenizer(), CONFIG) == [ord("\n")]
 
@@ -225,10 +229,21 @@ def test_four_devices_give_the_same_answers(answers, folder, tmp_path):
 @pytest.fixture(scope="module")
 def recipe(folder):
     return FinetuneConfig(
-        model="tiny", out=str(folder / "whole"), cache=str(folder / "cache"), steps=2, batch=2, seq_length=64,
-        window=(12, 32), sinks=(0, 3), chunk=(8,), d_mem=8, positions=0.5, learning_rate=1e-2, warmup=1,
+        model="tiny",
+        out=str(folder / "whole"),
+        cache=str(folder / "cache"),
+        steps=2,
+        batch=2,
+        seq_length=64,
+        window=(12, 32),
+        sinks=(0, 3),
+        chunk=(8,),
+        d_mem=8,
+        positions=0.5,
+        learning_rate=1e-2,
+        warmup=1,
         checkpoint_every=1,
-    )  # fmt: skip
+    )
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,7 @@ import sys
 import jax
 import pytest
 
-from pallas_kernels import bench, schedule
+from pallas_kernels.tools import bench, schedule
 
 pytestmark = pytest.mark.core
 DUMP = """== CAPACTIY:

@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import AbstractMesh
 from jax.sharding import PartitionSpec as P
 
-from allmem_jax import sharding
+from allmem_jax.model import sharding
 
 pytestmark = pytest.mark.core
 MESH = AbstractMesh((2, 2, 4, 1), sharding.AXES)

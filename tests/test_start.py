@@ -9,14 +9,25 @@ import numpy as np
 import pytest
 
 import pallas_kernels
-from allmem_jax import config as config_lib
-from allmem_jax import functional, layers, model, start
+from allmem_jax.checkpoints import start
+from allmem_jax.model import config as config_lib
+from allmem_jax.model import decoder, functional, layers, lm
 
 pytestmark = pytest.mark.core
 SAME = config_lib.ModelConfig(
-    vocab_size=61, d_model=48, n_layers=2, n_heads=6, n_kv_heads=3, head_dim=16, d_ff=40, window=32, sinks=2, chunk=16,
-    d_mem=16, read_out="difference",
-)  # fmt: skip
+    vocab_size=61,
+    d_model=48,
+    n_layers=2,
+    n_heads=6,
+    n_kv_heads=3,
+    head_dim=16,
+    d_ff=40,
+    window=32,
+    sinks=2,
+    chunk=16,
+    d_mem=16,
+    read_out="difference",
+)
 SHAPES = {
     "same": SAME,
     "qwen3": SAME.replace(head_dim=32, qk_norm=True),  # memory heads are narrower
@@ -36,7 +47,7 @@ def random_like(shapes):
 
 def shapes(config):
     """(backbone, memory) of the config's model."""
-    return model.split_params(jax.eval_shape(lambda: model.init_params(config)))
+    return lm.split_params(jax.eval_shape(lambda: lm.init_params(config)))
 
 
 def relative(a, b):
@@ -128,7 +139,7 @@ def test_a_baseline_reads_what_followed(mixer):
         width = stored.shape[1]
         memory = memory | {"alpha": jnp.ones(128), "out_proj": {"kernel": jnp.eye(width, 128)}}  # what is read itself
         memory["out_norm"] = {"scale": jnp.ones_like(memory["out_norm"]["scale"])}
-        out, _ = layers.MEMORIES[mixer](config).apply({"params": memory}, inputs, None, shared)
+        out, _ = decoder.MEMORIES[mixer](config).apply({"params": memory}, inputs, None, shared)
         read = np.asarray(out)[0, 8:, :width]
         read, stored = (x - x.mean(axis=0) for x in (read, stored))  # what all have in common tells nothing
         closest = np.argmax(read @ (stored / np.linalg.norm(stored, axis=1, keepdims=True)).T, axis=1)
@@ -142,13 +153,13 @@ def test_a_baseline_writes_all_alike_and_forgets_little(mixer):
     config = SAME.replace(mixer=mixer, alpha_init=0.2)
     backbone = random_like(shapes(config)[0])
     backbone["embed"]["embedding"] += 1  # inputs share a direction, as those of trained models do
-    params = model.merge_params(backbone, start.from_attention(config, backbone, TOKENS))
-    _, found = model.AllMemLM(config).apply({"params": params}, TOKENS[None], mutable=["intermediates"])
+    params = lm.merge_params(backbone, start.from_attention(config, backbone, TOKENS))
+    _, found = lm.AllMemLM(config).apply({"params": params}, TOKENS[None], mutable=["intermediates"])
     found = found["intermediates"]["layers"]["memory"]
     np.testing.assert_allclose(found["lr"][0], start.REPLACED if mixer == "delta" else 1.0, rtol=0.2)
     np.testing.assert_allclose(found["decay"][0], 1 - start.FORGOTTEN, rtol=1e-6)
     logits = [
-        model.AllMemLM(config.replace(**change)).apply({"params": params}, TOKENS[None, :64])[0]
+        lm.AllMemLM(config.replace(**change)).apply({"params": params}, TOKENS[None, :64])[0]
         for change in ({}, dict(write=False), dict(mixer="swa"))
     ]
     assert np.array_equal(logits[1], logits[2]) and not np.allclose(logits[0], logits[2], atol=1e-3)
@@ -176,8 +187,8 @@ def test_every_layer_adds_the_same_share_of_its_attention(name, mixer):
     backbone = random_like(shapes(config)[0])
     memory = start.from_attention(config, backbone, TOKENS)
     taken = lambda module, _: module.name in ("attention", "memory")  # noqa: E731
-    params = model.merge_params(backbone, memory)
-    _, found = model.AllMemLM(config).apply(
+    params = lm.merge_params(backbone, memory)
+    _, found = lm.AllMemLM(config).apply(
         {"params": params}, TOKENS[None], capture_intermediates=taken, mutable=["intermediates"]
     )
     found = found["intermediates"]["layers"]
@@ -195,14 +206,14 @@ def test_what_cannot_start_is_told():
 
 def test_floors_are_what_half_of_the_reads_find():
     config = SAME
-    params = random_like(jax.eval_shape(lambda: model.init_params(config)))
-    backbone, _ = model.split_params(params)
+    params = random_like(jax.eval_shape(lambda: lm.init_params(config)))
+    backbone, _ = lm.split_params(params)
     memory = start.from_attention(config, backbone, TOKENS)["layers"]["memory"]
     inputs, _ = start.layer_inputs(config, backbone, jnp.asarray(TOKENS, jnp.int32)[None])
     for layer in range(config.n_layers):
         own = jax.tree.map(lambda leaf: leaf[layer], memory)  # noqa: B023 (used at once)
         shared = layers.Shared(rope=(), local_rope=(), window=None, sinks=0)
-        _, found = layers.Memory(config).apply(
+        _, found = memory.Memory(config).apply(
             {"params": own}, inputs[layer][None], None, shared, mutable=["intermediates"], capture_intermediates=True
         )
         (normed,) = found["intermediates"]["out_norm"]["__call__"]  # of size 1 / sqrt(2) where a read is at the floor

@@ -10,9 +10,14 @@ import numpy as np
 import pytest
 
 import allmem_jax
-from allmem_jax import cli, convert, files, state, stores
+from allmem_jax import cli
+from allmem_jax.checkpoints import convert
+from allmem_jax.model import state
+from allmem_jax.storage import files, stores
 from tests import tiny_folder
-from train import checkpoint, documents, finetune, tiny
+from train import finetune
+from train.data import documents
+from train.loop import checkpoint, tiny
 from train.recipe import FinetuneConfig
 
 
@@ -165,9 +170,12 @@ TEXT = "the whale and the sea were white, and the ship sailed on. " * 20
 def recipe(tmp_path):
     (tmp_path / "text.txt").write_text(TEXT)
     return FinetuneConfig(
-        model="tiny", texts=(str(tmp_path / "text.txt"),), out=str(tmp_path / "out"), cache=str(tmp_path / "tokens"),
+        model="tiny",
+        texts=(str(tmp_path / "text.txt"),),
+        out=str(tmp_path / "out"),
+        cache=str(tmp_path / "tokens"),
         window=(4096, 8192),
-    )  # fmt: skip
+    )
 
 
 def test_a_run_is_refused_before_its_model_is_loaded(recipe, url, monkeypatch):

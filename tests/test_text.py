@@ -14,9 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import decoders, models, pre_tokenizers
 
-from allmem_jax import config as config_lib
-from allmem_jax import convert as convert_lib
-from allmem_jax import generation, model, text
+from allmem_jax.checkpoints import convert as convert_lib
+from allmem_jax.decoding import chat, generation
+from allmem_jax.model import config as config_lib
+from allmem_jax.model import lm
 
 END = "<|im_end|>"
 # Drops the thoughts of all turns but the last, and closes an empty thought before an answer without one.
@@ -79,31 +80,31 @@ def test_streamed_text_is_the_decoded_text(name, data):
     some = st.one_of(st.integers(0, len(tokenizer) - 1), st.sampled_from(tokenizer.encode("the sh\u9be8 \U0001f40b")))
     ids = data.draw(st.lists(some, max_size=24))
     before = tokenizer.encode(data.draw(st.sampled_from(["", "the", "the sea \u9be8 is", "a "])))
-    assert "".join(text.decode_stream(tokenizer, ids)) == decode(tokenizer, ids)
+    assert "".join(chat.decode_stream(tokenizer, ids)) == decode(tokenizer, ids)
     together = decode(tokenizer, [*before, *ids])
     if together.startswith(known := decode(tokenizer, before)):  # else what follows changed the prompt's own bytes
-        assert "".join(text.decode_stream(tokenizer, ids, before)) == together[len(known) :]
+        assert "".join(chat.decode_stream(tokenizer, ids, before)) == together[len(known) :]
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
 def test_characters_come_when_they_are_complete(name):
     tokenizer = TOKENIZERS[name]
     ids = tokenizer.encode("the \u9be8\U0001f40b the", add_special_tokens=False)
-    shown = [piece for piece in text.decode_stream(tokenizer, ids)]
+    shown = [piece for piece in chat.decode_stream(tokenizer, ids)]
     assert len(shown) > 2 and "".join(shown) == "the \u9be8\U0001f40b the" and "\ufffd" not in "".join(shown)
 
 
 def test_a_continuation_keeps_its_leading_space():
     tokenizer = sentencepiece(True)
     prompt = tokenizer.encode("the")
-    assert "".join(text.decode_stream(tokenizer, [tokenizer.convert_tokens_to_ids("\u2581the")], prompt)) == " the"
+    assert "".join(chat.decode_stream(tokenizer, [tokenizer.convert_tokens_to_ids("\u2581the")], prompt)) == " the"
 
 
 def test_spaces_before_punctuation_are_not_cleaned_up():
     tokenizer = tiny_folder.tiny_tokenizer()
     tokenizer.clean_up_tokenization_spaces = True
     sample = "the word 's ' , x != y ; do n't . Really ?"
-    assert "".join(text.decode_stream(tokenizer, tokenizer.encode(sample))) == sample
+    assert "".join(chat.decode_stream(tokenizer, tokenizer.encode(sample))) == sample
 
 
 def cut(whole: str, stops: list[str]) -> str:
@@ -120,7 +121,7 @@ def test_text_ends_exactly_at_a_stop_wherever_it_is_cut(whole, stops, random):
     places = sorted(random.sample(range(len(whole) + 1), k=random.randint(0, len(whole))))
     pieces = [whole[i:j] for i, j in itertools.pairwise([0, *places, len(whole)])]
     expected, shown = cut(whole, stops), ""
-    for piece in text.until(pieces, stops):
+    for piece in chat.until(pieces, stops):
         shown += piece
         assert piece and expected.startswith(shown)
     assert shown == expected
@@ -129,18 +130,18 @@ def test_text_ends_exactly_at_a_stop_wherever_it_is_cut(whole, stops, random):
 def test_nothing_is_asked_for_after_a_stop_and_little_is_held_back():
     asked = []
     pieces = (asked.append(piece) or piece for piece in ["Yes.\nUse", "r", "s\nUser", ": no", " more"])
-    assert list(text.until(pieces, ["\nUser:"])) == ["Yes.", "\nUsers"]
+    assert list(chat.until(pieces, ["\nUser:"])) == ["Yes.", "\nUsers"]
     assert asked[-1] == ": no"
     with pytest.raises(ValueError, match="empty"):
-        list(text.until(["a"], [""]))
+        list(chat.until(["a"], [""]))
 
 
 def test_stop_tokens_are_those_of_the_tokenizer_and_of_the_config():
     tokenizer = tiny_folder.tiny_tokenizer()
-    ends = set(text.stop_tokens(tokenizer))
+    ends = set(chat.stop_tokens(tokenizer))
     assert tokenizer.eos_token_id in ends
     config = config_lib.preset("smollm2-135m", eos_tokens=(7, 9))
-    assert text.stop_tokens(tokenizer, config) == sorted(ends | {7, 9})
+    assert chat.stop_tokens(tokenizer, config) == sorted(ends | {7, 9})
 
 
 @pytest.mark.parametrize(
@@ -158,14 +159,14 @@ def test_a_template_that_fails_says_so_in_one_line(template, messages, thinking,
     tokenizer = tiny_folder.tiny_tokenizer()
     tokenizer.chat_template = template
     with pytest.raises(ValueError, match=message) as error:
-        text.render(tokenizer, [{"role": role, "content": "x"} for role in messages], thinking=thinking)
+        chat.render(tokenizer, [{"role": role, "content": "x"} for role in messages], thinking=thinking)
     assert "\n" not in str(error.value)
 
 
 def test_thinking_is_the_templates_switch():
     tokenizer = tiny_folder.tiny_tokenizer()
     tokenizer.chat_template = THINKING
-    ends = [text.render(tokenizer, [{"role": "user", "content": "x"}], thinking=on)[-15:] for on in (None, True, False)]
+    ends = [chat.render(tokenizer, [{"role": "user", "content": "x"}], thinking=on)[-15:] for on in (None, True, False)]
     assert ends[0] == ends[1] != ends[2] == "<think></think>"
 
 
@@ -182,10 +183,20 @@ def scripted_model():
     tokenizer = tiny_folder.tiny_tokenizer()
     size = len(tokenizer)
     config = config_lib.ModelConfig(
-        vocab_size=size, d_model=size + size % 2, n_layers=1, n_heads=1, n_kv_heads=1, head_dim=8, d_ff=8,
-        tie_embeddings=False, mixer="swa", window=512, sinks=0, max_length=64,
-    )  # fmt: skip
-    shapes = jax.eval_shape(lambda: model.init_params(config))
+        vocab_size=size,
+        d_model=size + size % 2,
+        n_layers=1,
+        n_heads=1,
+        n_kv_heads=1,
+        head_dim=8,
+        d_ff=8,
+        tie_embeddings=False,
+        mixer="swa",
+        window=512,
+        sinks=0,
+        max_length=64,
+    )
+    shapes = jax.eval_shape(lambda: lm.init_params(config))
     params = jax.tree_util.tree_map_with_path(
         lambda path, leaf: (jnp.ones if "norm" in str(path) else jnp.zeros)(leaf.shape, leaf.dtype), shapes
     )
@@ -196,13 +207,13 @@ def scripted_model():
     return config, params, tokenizer
 
 
-def alone(talk: text.Conversation, length: int) -> str:
+def alone(talk: chat.Conversation, length: int) -> str:
     """What the model answers to all messages but the last, read at once."""
-    rendered = text.render(talk.tokenizer, talk.messages[:-1], thinking=talk.thinking)
+    rendered = chat.render(talk.tokenizer, talk.messages[:-1], thinking=talk.thinking)
     prompt = talk.tokenizer.encode(rendered, add_special_tokens=False)
-    stops = text.stop_tokens(talk.tokenizer, talk.config)
+    stops = chat.stop_tokens(talk.tokenizer, talk.config)
     (ids,) = generation.generate(talk.params, talk.config, [prompt], max_tokens=length, stop_tokens=stops)
-    return "".join(text.until([decode(talk.tokenizer, ids)], talk.stop))
+    return "".join(chat.until([decode(talk.tokenizer, ids)], talk.stop))
 
 
 def read_tokens(monkeypatch) -> list[int]:
@@ -216,7 +227,7 @@ def read_tokens(monkeypatch) -> list[int]:
 def test_a_reply_is_the_answer_to_the_rendered_messages(random_model, template, thinking):
     config, params, tokenizer = random_model
     tokenizer.chat_template = template
-    talk = text.Conversation(params, config, tokenizer, max_tokens=8, thinking=thinking, stop=["\ufffd\ufffd\ufffd"])
+    talk = chat.Conversation(params, config, tokenizer, max_tokens=8, thinking=thinking, stop=["\ufffd\ufffd\ufffd"])
     for question in ("the whale?", "and the sea?", "the ship?"):
         answer = "".join(talk.reply(question))
         assert talk.messages[-1] == {"role": "assistant", "content": answer}
@@ -229,7 +240,7 @@ def test_a_sentencepiece_chat_is_the_answer_to_the_rendered_messages(random_mode
     config = config.replace(eos_tokens=())
     params = params | {"embed": {"embedding": params["embed"]["embedding"][: len(tokenizer)]}}
     config = config.replace(vocab_size=len(tokenizer))
-    talk = text.Conversation(params, config, tokenizer, max_tokens=8)
+    talk = chat.Conversation(params, config, tokenizer, max_tokens=8)
     for question in ("the host", "he said"):
         assert "".join(talk.reply(question)) == alone(talk, 8)
 
@@ -238,7 +249,7 @@ def test_a_sentencepiece_chat_is_the_answer_to_the_rendered_messages(random_mode
 def test_an_abandoned_answer_is_what_was_shown_of_it(random_model, how, monkeypatch):
     config, params, tokenizer = random_model
     tokenizer.chat_template = tiny_folder.TEMPLATE
-    talk = text.Conversation(params, config, tokenizer, max_tokens=8)
+    talk = chat.Conversation(params, config, tokenizer, max_tokens=8)
     pieces = talk.reply("tell me a long story")
     shown = next(pieces) + next(pieces)
     if how == "failed":
@@ -254,14 +265,14 @@ def test_an_abandoned_answer_is_what_was_shown_of_it(random_model, how, monkeypa
     assert talk.messages[1] == {"role": "assistant", "content": shown}
     assert [message["role"] for message in talk.messages] == ["user", "assistant"] * 2
     assert answer == alone(talk, 8)
-    prompt = tokenizer.encode(text.render(tokenizer, talk.messages[:-1]))
+    prompt = tokenizer.encode(chat.render(tokenizer, talk.messages[:-1]))
     assert len(prompt) < int(talk._state.position[0]) <= len(prompt) + 8
 
 
 def test_a_turn_of_which_nothing_was_shown_has_not_been(random_model, monkeypatch):
     config, params, tokenizer = random_model
     tokenizer.chat_template = tiny_folder.TEMPLATE
-    talk = text.Conversation(params, config, tokenizer, max_tokens=8)
+    talk = chat.Conversation(params, config, tokenizer, max_tokens=8)
     talk.reply("never asked for")
     with monkeypatch.context() as patch:
         patch.setattr(generation, "prefill", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
@@ -273,7 +284,7 @@ def test_a_turn_of_which_nothing_was_shown_has_not_been(random_model, monkeypatc
 
 def test_a_turn_costs_its_own_tokens(scripted_model, monkeypatch):
     config, params, tokenizer = scripted_model
-    talk = text.Conversation(params, config, tokenizer, max_tokens=20)
+    talk = chat.Conversation(params, config, tokenizer, max_tokens=20)
     read = read_tokens(monkeypatch)
     assert "".join(talk.reply("the ship")) == "ABCDEF"
     assert "".join(talk.reply("the sea")) == "ABCDEF"
@@ -285,7 +296,7 @@ def test_what_a_template_drops_costs_the_last_answer_again(scripted_model, monke
     """The empty thought before each answer is not there any more in the next turn."""
     config, params, tokenizer = scripted_model
     monkeypatch.setattr(tokenizer, "chat_template", THINKING)
-    talk = text.Conversation(params, config, tokenizer, max_tokens=20, thinking=False)
+    talk = chat.Conversation(params, config, tokenizer, max_tokens=20, thinking=False)
     read = read_tokens(monkeypatch)
     for question in ("the ship", "the sea", "the whale"):
         "".join(talk.reply(question))
@@ -295,19 +306,19 @@ def test_what_a_template_drops_costs_the_last_answer_again(scripted_model, monke
 
 def test_stop_strings_end_answers_and_completions(scripted_model):
     config, params, tokenizer = scripted_model
-    talk = text.Conversation(params, config, tokenizer, max_tokens=20, stop=["DE", "x"])
+    talk = chat.Conversation(params, config, tokenizer, max_tokens=20, stop=["DE", "x"])
     assert [*talk.reply("the ship")] == ["A", "B", "C"]
     assert talk.messages[-1]["content"] == "ABC"
     assert "".join(talk.reply("the sea")) == "ABC"
-    made = text.complete(params, config, tokenizer, "\n", max_tokens=20, stop=["BC"])
+    made = chat.complete(params, config, tokenizer, "\n", max_tokens=20, stop=["BC"])
     assert list(made) == ["A"]
-    assert "".join(text.complete(params, config, tokenizer, "\n", max_tokens=20)) == "ABCDEF"
+    assert "".join(chat.complete(params, config, tokenizer, "\n", max_tokens=20)) == "ABCDEF"
 
 
 def test_the_configs_ends_end_a_text(scripted_model):
     config, params, tokenizer = scripted_model
     config = config.replace(eos_tokens=tuple(tokenizer.encode("D")))
-    assert "".join(text.complete(params, config, tokenizer, "\n", max_tokens=20)) == "ABC"
+    assert "".join(chat.complete(params, config, tokenizer, "\n", max_tokens=20)) == "ABC"
     (ids,) = generation.generate(params, config, [tokenizer.encode("\n")], max_tokens=20)
     assert tokenizer.decode(ids) == "ABC"
 
@@ -315,27 +326,27 @@ def test_the_configs_ends_end_a_text(scripted_model):
 def test_a_text_beyond_the_training_length_is_warned_of_once(scripted_model):
     config, params, tokenizer = scripted_model
     with pytest.warns(UserWarning, match="ends at token 70 and the model was trained on 64") as found:
-        "".join(text.complete(params, config, tokenizer, "x" * 70, max_tokens=3))
+        "".join(chat.complete(params, config, tokenizer, "x" * 70, max_tokens=3))
     assert len(found) == 1
-    talk = text.Conversation(params, config, tokenizer, max_tokens=20)
+    talk = chat.Conversation(params, config, tokenizer, max_tokens=20)
     with pytest.warns(UserWarning, match="trained on 64") as found:
         for question in ("the ship", "the sea" * 10, "the whale"):
             "".join(talk.reply(question))
     assert len(found) == 1
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        "".join(text.complete(params, config, tokenizer, "\n", max_tokens=20))
+        "".join(chat.complete(params, config, tokenizer, "\n", max_tokens=20))
 
 
 def test_bad_requests_are_named_before_anything_is_read(scripted_model):
     config, params, tokenizer = scripted_model
     for wrong, message in (({"max_tokens": 0}, "max_tokens=0"), ({"sampling": generation.Sampling(-1)}, "temper")):
         with pytest.raises(ValueError, match=message):
-            text.Conversation(params, config, tokenizer, **wrong)
+            chat.Conversation(params, config, tokenizer, **wrong)
     with pytest.raises(ValueError, match="the prompt is empty"):
-        text.complete(params, config, tokenizer, "", max_tokens=3)
+        chat.complete(params, config, tokenizer, "", max_tokens=3)
     with pytest.raises(ValueError, match="max_tokens=0"):
-        text.complete(params, config, tokenizer, "x", max_tokens=0)
+        chat.complete(params, config, tokenizer, "x", max_tokens=0)
     full = dataclasses.replace(config, mixer="full")
     with pytest.raises(ValueError, match="cache of 30.*--context"):
-        text.Conversation(params, full, tokenizer, max_tokens=20, context=30).reply("the ship " * 9).__next__()
+        chat.Conversation(params, full, tokenizer, max_tokens=20, context=30).reply("the ship " * 9).__next__()

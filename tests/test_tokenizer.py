@@ -9,8 +9,8 @@ import tiny_folder
 import transformers
 from tokenizers import processors
 
-from allmem_jax import ends
-from allmem_jax import tokenizer as tokenizer_lib
+from allmem_jax.checkpoints import ends
+from allmem_jax.checkpoints import tokenizer as tokenizer_lib
 
 TEXTS = ["the word 'secret' and x != y ; print ( 'max' )", "he said ' so ' . Really ?", "don 't , 'm 're 've n't"]
 
@@ -30,9 +30,15 @@ def source(tmp_path):
 def test_decoding_is_exact(source, tmp_path):
     source.save_pretrained(tmp_path / "in")
     path = tmp_path / "in/tokenizer_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {
-        "clean_up_tokenization_spaces": True,
-        "clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output": True}))  # fmt: skip
+    path.write_text(
+        json.dumps(
+            json.loads(path.read_text())
+            | {
+                "clean_up_tokenization_spaces": True,
+                "clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output": True,
+            }
+        )
+    )
     ids = source.encode(TEXTS[1], add_special_tokens=False)
     assert transformers.AutoTokenizer.from_pretrained(tmp_path / "in").decode(ids) != TEXTS[1]  # the flag does bite
     found = tokenizer_lib.load_tokenizer(tmp_path / "in")
@@ -70,10 +76,15 @@ def test_no_end_closes_what_is_to_be_continued(source, tmp_path, way):
 SENTENCEPIECE = {
     "default": dict(model_type="bpe"),  # which normalises, and drops spaces
     "llama": dict(model_type="bpe", normalization_rule_name="identity", remove_extra_whitespaces=False),
-    "gemma": dict(model_type="bpe", normalization_rule_name="identity", remove_extra_whitespaces=False,
-                  add_dummy_prefix=False, user_defined_symbols=["<turn>", "\n\n"]),
+    "gemma": dict(
+        model_type="bpe",
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        add_dummy_prefix=False,
+        user_defined_symbols=["<turn>", "\n\n"],
+    ),
     "unigram": dict(model_type="unigram"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("kind", SENTENCEPIECE)
@@ -82,9 +93,15 @@ def test_a_sentencepiece_model_alone_has_its_own_ids(kind, tmp_path):
     folder.mkdir()
     lines = iter(["the whale and the sea were white, and the ship sailed on.", "How are you, my friend?"] * 40)
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=lines, model_prefix=str(folder / "tokenizer"), vocab_size=330, byte_fallback=True,
-        character_coverage=1.0, minloglevel=2, hard_vocab_limit=False, **SENTENCEPIECE[kind],
-    )  # fmt: skip
+        sentence_iterator=lines,
+        model_prefix=str(folder / "tokenizer"),
+        vocab_size=330,
+        byte_fallback=True,
+        character_coverage=1.0,
+        minloglevel=2,
+        hard_vocab_limit=False,
+        **SENTENCEPIECE[kind],
+    )
     (folder / "config.json").write_text(json.dumps({"model_type": "llama"}))
     settings = {"tokenizer_class": "LlamaTokenizer", "legacy": False, "add_eos_token": kind == "llama"}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
@@ -104,9 +121,23 @@ def test_a_sentencepiece_model_alone_has_its_own_ids(kind, tmp_path):
 
 
 ODD = [None, True, 7, -1, 1.5, "", "x", [], ["<s>"], {}, {"a": 1}, {"content": 3}, {"7": {"content": []}}]
-KEYS = ["tokenizer_class", "eos_token", "bos_token", "unk_token", "pad_token", "chat_template", "added_tokens_decoder",
-        "extra_special_tokens", "additional_special_tokens", "model_max_length", "clean_up_tokenization_spaces",
-        "add_bos_token", "padding_side", "legacy", "auto_map"]  # fmt: skip
+KEYS = [
+    "tokenizer_class",
+    "eos_token",
+    "bos_token",
+    "unk_token",
+    "pad_token",
+    "chat_template",
+    "added_tokens_decoder",
+    "extra_special_tokens",
+    "additional_special_tokens",
+    "model_max_length",
+    "clean_up_tokenization_spaces",
+    "add_bos_token",
+    "padding_side",
+    "legacy",
+    "auto_map",
+]
 
 
 @pytest.mark.parametrize("key", KEYS)
@@ -125,9 +156,15 @@ def test_an_odd_tokenizer_config_loads_or_is_one_line(source, tmp_path, key):
 
 
 def test_damaged_tokenizers_are_one_line(tmp_path):
-    for name, content in [("tokenizer.json", b"{"), ("tokenizer.json", b"[]"), ("tokenizer.json", b"\xff\xfe"),
-                          ("tokenizer.model", b"\x00\xff" * 40), ("tokenizer_config.json", b"[]"),
-                          ("tokenizer_config.json", b"{}"), ("tokenizer_config.json", b"\xff")]:  # fmt: skip
+    for name, content in [
+        ("tokenizer.json", b"{"),
+        ("tokenizer.json", b"[]"),
+        ("tokenizer.json", b"\xff\xfe"),
+        ("tokenizer.model", b"\x00\xff" * 40),
+        ("tokenizer_config.json", b"[]"),
+        ("tokenizer_config.json", b"{}"),
+        ("tokenizer_config.json", b"\xff"),
+    ]:
         folder = tmp_path / f"{name}{len(content)}"
         folder.mkdir(exist_ok=True)
         (folder / name).write_bytes(content)

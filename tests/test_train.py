@@ -17,10 +17,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from allmem_jax import config as config_lib
-from allmem_jax import convert, model, sharding, stores
+from allmem_jax.checkpoints import convert
+from allmem_jax.model import config as config_lib
+from allmem_jax.model import lm, sharding
+from allmem_jax.storage import stores
 from tests import tiny_folder
-from train import checkpoint, finetune, metrics, overhead, plan, programs, steps, tiny
+from train import finetune
+from train.experiments import overhead
+from train.loop import checkpoint, compiled, metrics, plan, steps, tiny
 from train.recipe import FinetuneConfig
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -46,10 +50,23 @@ CACHE = {"jax_compilation_cache_dir": None, "jax_persistent_cache_min_compile_ti
 @pytest.fixture(scope="module")
 def recipe(folder):
     return FinetuneConfig(
-        model="tiny", texts=(str(folder / "text.txt"),), out=str(folder / "whole"), cache=str(folder / "cache"),
-        steps=6, batch=2, seq_length=48, window=(12, 32), sinks=(0, 3), chunk=(8,), d_mem=8, positions=0.5,
-        inside_weight=2.0, learning_rate=1e-2, warmup=2, checkpoint_every=2,
-    )  # fmt: skip
+        model="tiny",
+        texts=(str(folder / "text.txt"),),
+        out=str(folder / "whole"),
+        cache=str(folder / "cache"),
+        steps=6,
+        batch=2,
+        seq_length=48,
+        window=(12, 32),
+        sinks=(0, 3),
+        chunk=(8,),
+        d_mem=8,
+        positions=0.5,
+        inside_weight=2.0,
+        learning_rate=1e-2,
+        warmup=2,
+        checkpoint_every=2,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +97,7 @@ def toy(recipe, pretrained):
     """(jitted step, state, backbone, batch, teacher) as the loop has them."""
     mesh = sharding.make_mesh()
     state, backbone = finetune.start(recipe, pretrained, mesh)
-    make_teacher, student = programs.make(recipe, pretrained.config, sharding.tree_shardings(state, mesh), mesh)
+    make_teacher, student = compiled.make(recipe, pretrained.config, sharding.tree_shardings(state, mesh), mesh)
     tokens = np.random.default_rng(1).integers(97, 110, (2, 49)).astype(np.int32)
     arrays = {"tokens": tokens[:, :-1], "targets": tokens[:, 1:], "mask": np.ones((2, 48), bool)}
     batch = finetune.place_batch(arrays, mesh, [0, 1], 2, packed=False)
@@ -95,7 +112,7 @@ def test_windows_and_sinks_compile_once_and_the_loss_falls(recipe, toy):
     for number in range(20):
         window, sinks = rng.integers(8, 40, dtype=np.int32), rng.integers(0, 4, dtype=np.int32)
         window, sinks = (np.int32(12), np.int32(1)) if number in (0, 19) else (window, sinks)
-        state, values = step(state, backbone, batch, teacher, window, sinks, programs.draw(recipe, number % 19))
+        state, values = step(state, backbone, batch, teacher, window, sinks, compiled.draw(recipe, number % 19))
         kls.append(float(values["kl"]))
     assert step._cache_size() == 1
     assert kls[19] < kls[0]
@@ -110,7 +127,7 @@ def test_windows_and_sinks_compile_once_and_the_loss_falls(recipe, toy):
 
 def test_a_step_that_is_not_finite_changes_nothing(recipe, toy):
     step, fresh, backbone, batch, teacher = toy
-    args = (np.int32(12), np.int32(1), programs.draw(recipe, 0))
+    args = (np.int32(12), np.int32(1), compiled.draw(recipe, 0))
     state, values = step(fresh(), backbone, batch, jnp.full_like(teacher, jnp.nan), *args)
     assert (int(state.skipped), int(state.skipped_in_a_row)) == (1, 1)
     jax.tree.map(np.testing.assert_array_equal, state[:2], fresh()[:2])
@@ -245,12 +262,20 @@ def test_the_memory_of_a_folder_is_trained_as_it_is(recipe, tmp_path):
     """None leaves every field to the folder; a value that differs from its memory is refused, all in one error."""
     path = tiny_folder.write(tmp_path / "plain")
     plain = convert.read_config(path)
-    unlike = dict(qk_scale="rms", n_mem=3, d_mem=4, mem_expansion=3, conv_kernel=2, alpha_init=0.1, lr_init=0.02,
-                  momentum_init=0.3)  # fmt: skip
+    unlike = dict(
+        qk_scale="rms",
+        n_mem=3,
+        d_mem=4,
+        mem_expansion=3,
+        conv_kernel=2,
+        alpha_init=0.1,
+        lr_init=0.02,
+        momentum_init=0.3,
+    )
     config = plain.replace(mixer="allmem", write=False, **unlike)
     _, backbone, tokenizer = convert.load_pretrained(path)
-    memory = model.init_memory(config, seed=7)
-    convert.save_pretrained(tmp_path / "saved", config, model.merge_params(backbone, memory), tokenizer)
+    memory = lm.init_memory(config, seed=7)
+    convert.save_pretrained(tmp_path / "saved", config, lm.merge_params(backbone, memory), tokenizer)
     recipe = dataclasses.replace(recipe, model=str(tmp_path / "saved"), d_mem=None)
     start = finetune.load(recipe)
     assert {name: getattr(start.config, name) for name in unlike} == unlike and not start.config.write
@@ -258,8 +283,9 @@ def test_the_memory_of_a_folder_is_trained_as_it_is(recipe, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, start.memory, memory)
     same = dataclasses.replace(recipe, qk_scale="rms", d_mem=4, lr_init=0.02, mixer="allmem", write=True)
     assert finetune.load(same).config == start.config.replace(write=True)
-    for name, value in dict(mixer="delta", n_mem=1, d_mem=8, qk_scale="l2", alpha_init=0.0, lr_init=0.01,
-                            momentum_init=0.5).items():  # fmt: skip
+    for name, value in dict(
+        mixer="delta", n_mem=1, d_mem=8, qk_scale="l2", alpha_init=0.0, lr_init=0.01, momentum_init=0.5
+    ).items():
         with pytest.raises(ValueError, match=rf"{name}={value!r} \(it has .*Set {name} to None"):
             dataclasses.replace(recipe, **{name: value}).student(config, remembers=True)
     with pytest.raises(ValueError, match=r"d_mem=8 \(it has 4\), qk_scale='l2' \(it has 'rms'\)"):
@@ -269,7 +295,7 @@ def test_the_memory_of_a_folder_is_trained_as_it_is(recipe, tmp_path):
 
 def test_a_fresh_memory_is_the_recipes(recipe, tmp_path, monkeypatch):
     """Of the recipe's seed and fields, with the defaults of `ModelConfig` in place of None, and no warning."""
-    monkeypatch.setattr(model, "init_memory", lambda *arguments: arguments)
+    monkeypatch.setattr(lm, "init_memory", lambda *arguments: arguments)
     recipe = dataclasses.replace(recipe, model=str(tiny_folder.write(tmp_path / "plain")), d_mem=None)
     start = finetune.load(dataclasses.replace(recipe, seed=3, mixer="delta", d_mem=4, lr_init=0.02))
     assert (start.config.mixer, start.config.d_mem, start.config.lr_init) == ("delta", 4, 0.02)
@@ -293,7 +319,7 @@ def test_what_a_run_depends_on_has_no_gaps(recipe, pretrained):
 
 
 class Ragged:
-    """Rows of which few, or no, positions have a loss, none of them from `end` on; see `data.Source`."""
+    """Rows of which few, or no, positions have a loss, none of them from `end` on; see `stream.Source`."""
 
     def __init__(self, end=48):
         self.end = end
@@ -312,7 +338,7 @@ def test_evaluation_weighs_positions_not_batches(recipe, pretrained):
     """Against the mean over all positions at once; NaN where a kind of position does not occur."""
     config = dataclasses.replace(recipe, batch=1, eval_batches=6, objective="pretrain")
     mesh = sharding.make_mesh()
-    params = model.merge_params(pretrained.backbone, pretrained.memory)
+    params = lm.merge_params(pretrained.backbone, pretrained.memory)
     with jax.set_mesh(mesh):
         got, near = (
             finetune._evaluation(config, pretrained.config, rows, None, mesh)(params, {})
@@ -320,7 +346,7 @@ def test_evaluation_weighs_positions_not_batches(recipe, pretrained):
         )
     rows = [Ragged()[index] for index in range(6)]
     tokens, targets, mask = (np.stack([row[name] for row in rows]) for name in ("tokens", "targets", "mask"))
-    logits = jax.jit(lambda tokens: model.AllMemLM(pretrained.config).apply({"params": params}, tokens))(tokens)
+    logits = jax.jit(lambda tokens: lm.AllMemLM(pretrained.config).apply({"params": params}, tokens))(tokens)
     each = -np.take_along_axis(np.asarray(jax.nn.log_softmax(logits)), targets[..., None], axis=-1)[..., 0]
     beyond = np.arange(48) >= 32 + 3
     want = {"ce": each[mask], "ce_inside": each[mask & ~beyond], "ce_beyond": each[mask & beyond]}
@@ -332,7 +358,7 @@ def test_evaluation_weighs_positions_not_batches(recipe, pretrained):
 def test_weight_decay_is_on_all_projections_that_are_trained(mixer):
     """In pretraining on each matrix [layers, in, out] of attention, MLP and memory; not on embedding and head."""
     config = tiny.CONFIG.replace(mixer=mixer, tie_embeddings=False, qkv_bias=True, qk_norm=True, d_model=64)
-    shapes = jax.eval_shape(lambda: model.random_params(config))
+    shapes = jax.eval_shape(lambda: lm.random_params(config))
     leaves = {sharding.path_string(path): x.shape for path, x in jax.tree_util.tree_leaves_with_path(shapes)}
     on = {sharding.path_string(path) for path, on in jax.tree_util.tree_leaves_with_path(steps.decayed(shapes)) if on}
     assert on == {path for path, shape in leaves.items() if len(shape) == 3 and "_conv/" not in path}
@@ -341,9 +367,12 @@ def test_weight_decay_is_on_all_projections_that_are_trained(mixer):
 
 def test_weight_decay_is_on_projections_only():
     memory = {
-        "q_proj": {"kernel": jnp.ones(2)}, "lr_proj": {"kernel": jnp.ones(2), "bias": jnp.ones(2)},
-        "q_conv": {"kernel": jnp.ones(2)}, "out_norm": {"scale": jnp.ones(2)}, "fast_up": jnp.ones(2),
-    }  # fmt: skip
+        "q_proj": {"kernel": jnp.ones(2)},
+        "lr_proj": {"kernel": jnp.ones(2), "bias": jnp.ones(2)},
+        "q_conv": {"kernel": jnp.ones(2)},
+        "out_norm": {"scale": jnp.ones(2)},
+        "fast_up": jnp.ones(2),
+    }
     optimizer = steps.make_optimizer(lambda count: 1.0, (0.9, 0.95), 0.1, 1.0)
     updates, _ = optimizer.update(jax.tree.map(jnp.zeros_like, memory), optimizer.init(memory), memory)
     moved = {sharding.path_string(p) for p, x in jax.tree_util.tree_leaves_with_path(updates) if jnp.any(x)}
@@ -439,9 +468,17 @@ def test_every_recipe_is_valid():
 def test_pretraining_learns_everything_and_goes_on(recipe, folder, monkeypatch):
     """All parameters move, the loss falls, an average is kept, a batch in pieces is the same batch."""
     config = dataclasses.replace(
-        recipe, objective="pretrain", out=str(folder / "pretrained"), inside_weight=1.0, batch=4, steps=8, ema=0.5,
-        eval_texts=recipe.texts, eval_every=4, eval_batches=1,
-    )  # fmt: skip
+        recipe,
+        objective="pretrain",
+        out=str(folder / "pretrained"),
+        inside_weight=1.0,
+        batch=4,
+        steps=8,
+        ema=0.5,
+        eval_texts=recipe.texts,
+        eval_every=4,
+        eval_batches=1,
+    )
     lines, _ = outcome(finetune.run(config))
     assert lines[-1]["ce"] < lines[0]["ce"] - 0.5 and lines[-1]["eval_ce"] < lines[3]["eval_ce"]
     assert "kl" not in lines[0] and "eval_kl" not in lines[3]

@@ -9,9 +9,9 @@ import tokenizers
 import transformers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from allmem_jax import config as config_lib
-from allmem_jax import convert as convert_lib
-from allmem_jax import model
+from allmem_jax.checkpoints import convert as convert_lib
+from allmem_jax.model import config as config_lib
+from allmem_jax.model import lm
 
 TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -39,10 +39,19 @@ def write(path: pathlib.Path) -> pathlib.Path:
     """The folder, without a memory."""
     tokenizer = tiny_tokenizer()
     config = config_lib.ModelConfig(
-        vocab_size=len(tokenizer), d_model=16, n_layers=2, n_heads=2, n_kv_heads=1, head_dim=8, d_ff=16, d_mem=8,
-        window=24, sinks=2, chunk=8,
-    )  # fmt: skip
-    shapes = jax.eval_shape(lambda: model.init_params(config.replace(mixer="full")))
+        vocab_size=len(tokenizer),
+        d_model=16,
+        n_layers=2,
+        n_heads=2,
+        n_kv_heads=1,
+        head_dim=8,
+        d_ff=16,
+        d_mem=8,
+        window=24,
+        sinks=2,
+        chunk=8,
+    )
+    shapes = jax.eval_shape(lambda: lm.init_params(config.replace(mixer="full")))
     rng = np.random.default_rng(0)
     params = jax.tree.map(lambda leaf: jnp.asarray(rng.normal(0, 0.3, leaf.shape), jnp.float32), shapes)
     convert_lib.save_pretrained(path, config, params, tokenizer)

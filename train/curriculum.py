@@ -18,8 +18,10 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from allmem_jax import memory_file, stores
-from train import checkpoint, distributed, errors, finetune
+from allmem_jax.checkpoints import memory_file
+from allmem_jax.storage import stores
+from train import errors, finetune
+from train.loop import checkpoint, distributed
 from train.recipe import FinetuneConfig
 
 Stage = Mapping[str, Any]  # fields of FinetuneConfig

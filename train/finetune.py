@@ -28,10 +28,15 @@ import tyro
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from allmem_jax import config as config_lib
-from allmem_jax import convert, files, model, sharding, stores, tokenizer
-from allmem_jax import start as start_lib
-from train import checkpoint, data, distributed, errors, flops, lessons, metrics, plan, programs, steps, tiny
+from allmem_jax.checkpoints import convert, tokenizer
+from allmem_jax.checkpoints import start as start_lib
+from allmem_jax.model import config as config_lib
+from allmem_jax.model import lm, sharding
+from allmem_jax.storage import files, stores
+from train import errors
+from train.data import lessons
+from train.data import stream as stream_lib
+from train.loop import checkpoint, compiled, distributed, flops, metrics, plan, steps, tiny
 from train.recipe import MEMORY, FinetuneConfig
 
 T = TypeVar("T", bound=FinetuneConfig)
@@ -59,7 +64,7 @@ def load(config: FinetuneConfig) -> Pretrained:
     """The model that a recipe names, with a memory of its own seed unless the folder has one."""
     if config.model == "tiny":
         fields = config.student(tiny.CONFIG, remembers=False)
-        return Pretrained(fields, tiny.backbone(), model.init_memory(fields, config.seed), tiny.ByteTokenizer())
+        return Pretrained(fields, tiny.backbone(), lm.init_memory(fields, config.seed), tiny.ByteTokenizer())
     if config.model in config_lib.PRESETS and not Path(config.model).exists():
         found = tokenizer.load_tokenizer(config.tokenizer) if config.tokenizer else None
         if found is None:
@@ -71,23 +76,23 @@ def load(config: FinetuneConfig) -> Pretrained:
     loaded, params, found = convert.load_pretrained(config.model, dtype=config.backbone_dtype)
     if found is None:
         raise ValueError(f"{config.model} has no tokenizer, which the texts need; add its tokenizer.json")
-    backbone, memory = model.split_params(params)
+    backbone, memory = lm.split_params(params)
     fields = config.student(loaded, remembers=bool(memory))
     return Pretrained(fields, backbone, memory or new_memory(config, fields, backbone, found), found)
 
 
-def new_memory(config: FinetuneConfig, fields: config_lib.ModelConfig, backbone: Any, tokenizer: Any) -> model.Params:
+def new_memory(config: FinetuneConfig, fields: config_lib.ModelConfig, backbone: Any, tokenizer: Any) -> lm.Params:
     """A memory that no training has seen, made as the recipe says, for a model of config `fields`."""
     if config.start == "random":
-        return model.init_memory(fields, config.seed)
-    documents = data.load_documents(config.texts or config.mixture[0].texts, tokenizer, config.cache)
+        return lm.init_memory(fields, config.seed)
+    documents = stream_lib.load_documents(config.texts or config.mixture[0].texts, tokenizer, config.cache)
     longest = int(np.argmax(documents.lengths))
     tokens, _ = documents.take(longest, 0, start_lib.LENGTH)
     return start_lib.from_attention(fields, backbone, tokens, config.seed)
 
 
 def run(
-    config: FinetuneConfig, pretrained: Pretrained | None = None, rows: data.Source | None = None
+    config: FinetuneConfig, pretrained: Pretrained | None = None, rows: stream_lib.Source | None = None
 ) -> str | os.PathLike[str]:
     """Trains until `config.steps`, resuming what is in the output folder, and writes the result.
 
@@ -140,7 +145,7 @@ def check_paths(config: FinetuneConfig) -> None:
         stores.local(path)
 
 
-def identity(config: FinetuneConfig, pretrained: Pretrained, rows: data.Source) -> dict[str, Any]:
+def identity(config: FinetuneConfig, pretrained: Pretrained, rows: stream_lib.Source) -> dict[str, Any]:
     """What the losses of a run depend on, as JSON values: a continuation must share it."""
     origin = pretrained.origin or f"random {config.model}"
     if not pretrained.origin and pretrained.backbone is not None:
@@ -150,37 +155,37 @@ def identity(config: FinetuneConfig, pretrained: Pretrained, rows: data.Source) 
     return config.identity() | memory | {"backbone": origin, "data": rows.content_hash()}
 
 
-def read_rows(config: FinetuneConfig, pretrained: Pretrained, texts: Sequence[str]) -> data.Source:
+def read_rows(config: FinetuneConfig, pretrained: Pretrained, texts: Sequence[str]) -> stream_lib.Source:
     """Rows of the texts, or where there are none of the recipe's mixture, whose tokens the model must know."""
     if not texts and not config.mixture:
         raise ValueError("there is nothing to train on: give --texts FILE_OR_FOLDER ...")
     align, cache = max(config.chunk) if config.packed else None, stores.local_only(config.cache, "cache")
     rows: Any
     if texts:
-        documents = data.load_documents(texts, pretrained.tokenizer, cache, end_of_text=config.end_of_text)
+        documents = stream_lib.load_documents(texts, pretrained.tokenizer, cache, end_of_text=config.end_of_text)
         if config.lessons and texts == config.texts:
             options: Any = dict(share=config.lessons, kinds=config.kinds, seed=config.seed)
             rows = lessons.Lessons(documents, pretrained.tokenizer, config.seq_length, **options)
         else:
-            rows = data.Rows(documents, config.seq_length, align=align, response_only=config.response_only)
+            rows = stream_lib.Rows(documents, config.seq_length, align=align, response_only=config.response_only)
     else:
-        rows = data.Mixture(
+        rows = stream_lib.Mixture(
             config.mixture, config.seq_length, pretrained.tokenizer, cache, align=align, end_of_text=config.end_of_text
         )
-    data.check_tokenizer(pretrained.config.vocab_size, rows.largest_token())
+    stream_lib.check_tokenizer(pretrained.config.vocab_size, rows.largest_token())
     return rows
 
 
 def _train(
     config: FinetuneConfig,
     pretrained: Pretrained,
-    rows: data.Source,
-    held_out: data.Source | None,
+    rows: stream_lib.Source,
+    held_out: stream_lib.Source | None,
     mesh: Mesh,
     checkpoints: checkpoint.Checkpoints,
     out: Path,
     upload: Callable[[], None],
-) -> model.Params:
+) -> lm.Params:
     """The loop. Returns the trained parameters, or their average where the recipe asks for one.
 
     `out` is the output folder, or stands for it until `upload` is called.
@@ -188,7 +193,7 @@ def _train(
     main = distributed.main_process()
     state, frozen = start(config, pretrained, mesh)
     own = own_rows(mesh, config.batch)
-    stream = data.Stream(rows, config.batch, seed=config.seed, local=own)
+    stream = stream_lib.Stream(rows, config.batch, seed=config.seed, local=own)
     done = 0
     if (restored := checkpoints.restore(state)) is not None:
         done, state, record = restored
@@ -198,7 +203,7 @@ def _train(
         return state.average or state.trained
     if main:
         files.write(stores.join(config.out, "recipe.json"), json.dumps(dataclasses.asdict(config), indent=2))
-    teacher, student = programs.make(config, pretrained.config, sharding.tree_shardings(state, mesh), mesh)
+    teacher, student = compiled.make(config, pretrained.config, sharding.tree_shardings(state, mesh), mesh)
     evaluate = _evaluation(config, pretrained.config, held_out, teacher, mesh)
     events = out / "tensorboard" if config.tensorboard else None
     log = metrics.MetricsLog(out / "metrics.jsonl", done, tensorboard=events, wandb=config.wandb) if main else None
@@ -231,7 +236,7 @@ def _train(
             program = (
                 chunk if pretrained.config.mixer == "allmem" else max(config.chunk)
             )  # the baselines have no chunks
-            state, values = student(program)(state, frozen, batch, hidden, window, sinks, programs.draw(config, step))
+            state, values = student(program)(state, frozen, batch, hidden, window, sinks, compiled.draw(config, step))
             if waiting:
                 report(*waiting)
             waiting = {"step": step, "chunk": chunk, "window": int(window), "sinks": int(sinks)}, values
@@ -254,34 +259,38 @@ def _train(
     return state.average or state.trained
 
 
-def start(config: FinetuneConfig, pretrained: Pretrained, mesh: Mesh) -> tuple[steps.TrainState, model.Params]:
+def start(config: FinetuneConfig, pretrained: Pretrained, mesh: Mesh) -> tuple[steps.TrainState, lm.Params]:
     """The state before the first step, and the frozen parameters, where they belong on the mesh."""
     if pretrained.backbone is None or pretrained.memory is None:
-        init = functools.partial(programs.random_params, config, pretrained.config)
+        init = functools.partial(compiled.random_params, config, pretrained.config)
         params = jax.jit(init, out_shardings=sharding.tree_shardings(jax.eval_shape(init), mesh))()
     else:
-        params = sharding.place(model.merge_params(pretrained.backbone, pretrained.memory), mesh)
-    trained, frozen = programs.split(config, params)
-    first = functools.partial(programs.initial_state, config)
+        params = sharding.place(lm.merge_params(pretrained.backbone, pretrained.memory), mesh)
+    trained, frozen = compiled.split(config, params)
+    first = functools.partial(compiled.initial_state, config)
     shardings = sharding.tree_shardings(jax.eval_shape(first, trained), mesh)
     return jax.jit(first, out_shardings=shardings)(trained), frozen
 
 
 def _evaluation(
-    config: FinetuneConfig, model_config: config_lib.ModelConfig, held_out: data.Source | None, teacher: Any, mesh: Mesh
-) -> Callable[[model.Params, model.Params], dict[str, float]] | None:
+    config: FinetuneConfig,
+    model_config: config_lib.ModelConfig,
+    held_out: stream_lib.Source | None,
+    teacher: Any,
+    mesh: Mesh,
+) -> Callable[[lm.Params, lm.Params], dict[str, float]] | None:
     """(trained, frozen) -> means over the positions of the first batches of held-out texts; None without such texts."""
     if held_out is None:
         return None
-    loss = programs.step_loss(config)
+    loss = compiled.step_loss(config)
     one = jax.jit(
         functools.partial(steps.evaluate, config=model_config, loss=loss),
         out_shardings=NamedSharding(mesh, PartitionSpec()),
     )
     own = own_rows(mesh, config.batch)
 
-    def evaluate(trained: model.Params, frozen: model.Params) -> dict[str, float]:
-        stream = data.Stream(held_out, config.batch, seed=0, local=own)
+    def evaluate(trained: lm.Params, frozen: lm.Params) -> dict[str, float]:
+        stream = stream_lib.Stream(held_out, config.batch, seed=0, local=own)
         found = []
         for _ in range(config.eval_batches):
             batch = place_batch(next(stream), mesh, own, config.batch, config.packed)
@@ -360,7 +369,7 @@ def _say(message: str) -> None:
         print(message, file=sys.stderr, flush=True)
 
 
-def _check_finite(backbone: model.Params | None) -> None:
+def _check_finite(backbone: lm.Params | None) -> None:
     """Raises a ValueError that names parameters with NaN or infinity."""
     if backbone is None:
         return
@@ -379,7 +388,7 @@ def _stop_if_diverged(line: dict[str, Any], config: FinetuneConfig, model_config
         )
 
 
-def export(config: FinetuneConfig, pretrained: Pretrained, trained: model.Params) -> None:
+def export(config: FinetuneConfig, pretrained: Pretrained, trained: lm.Params) -> None:
     """The memory's weights and the config into the output folder, and the whole model below it.
 
     `trained` is the memory, or all parameters. Every process calls it, and returns when the files are there.
@@ -387,12 +396,12 @@ def export(config: FinetuneConfig, pretrained: Pretrained, trained: model.Params
     if jax.process_count() > 1:
         trained = multihost_utils.process_allgather(trained, tiled=True)
     if distributed.main_process():
-        backbone, memory = model.split_params(trained)
+        backbone, memory = lm.split_params(trained)
         leaves = jax.tree_util.tree_leaves_with_path(memory)
         flat = {sharding.path_string(path): np.asarray(leaf, np.float32) for path, leaf in leaves}
         files.write(stores.join(config.out, convert.ALLMEM_CONFIG), pretrained.config.to_json())
         if config.export and config.model != "tiny":
-            params = model.merge_params(backbone or pretrained.backbone, memory)
+            params = lm.merge_params(backbone or pretrained.backbone, memory)
             folder = stores.join(config.out, "model")
             convert.save_pretrained(folder, pretrained.config, params, pretrained.tokenizer, overwrite=True)
         weights = stores.join(config.out, convert.ALLMEM_WEIGHTS)
@@ -400,9 +409,9 @@ def export(config: FinetuneConfig, pretrained: Pretrained, trained: model.Params
     distributed.wait_for_all("exported")
 
 
-def trained_memory(out: str | os.PathLike[str]) -> model.Params:
+def trained_memory(out: str | os.PathLike[str]) -> lm.Params:
     """The memory that a run wrote, {"layers": {"memory": ...}}."""
-    tree: model.Params = {}
+    tree: lm.Params = {}
     for name, value in safetensors.numpy.load(stores.read(stores.join(out, convert.ALLMEM_WEIGHTS))).items():
         *folders, last = name.split("/")
         node = functools.reduce(lambda at, key: at.setdefault(key, {}), folders, tree)
@@ -443,9 +452,12 @@ def parse(kind: type[T], program: str, description: str, arguments: Sequence[str
     named = bool(arguments) and not arguments[0].startswith("-")
     recipe = read_recipe(arguments.pop(0)) if named else FinetuneConfig()
     return tyro.cli(
-        kind, prog=f"python -m {program} [RECIPE]", description=description, default=kind(**recipe_fields(recipe)),
+        kind,
+        prog=f"python -m {program} [RECIPE]",
+        description=description,
+        default=kind(**recipe_fields(recipe)),
         args=arguments,
-    )  # fmt: skip
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -17,10 +17,12 @@ from pathlib import Path
 
 import jax
 
-from allmem_jax import model, sharding, stores
-from train import checkpoint, distributed, errors, finetune
-from train import prompts as prompts_lib
+from allmem_jax.model import lm, sharding
+from allmem_jax.storage import stores
+from train import errors, finetune
 from train import rollout as rollout_lib
+from train.data import prompts as prompts_lib
+from train.loop import checkpoint, distributed
 from train.recipe import FinetuneConfig
 
 
@@ -37,9 +39,12 @@ class Command(distributed.Processes, FinetuneConfig):
 
 
 def run(
-    config: FinetuneConfig, prompts: str, rounds: int, settings: rollout_lib.Settings,
+    config: FinetuneConfig,
+    prompts: str,
+    rounds: int,
+    settings: rollout_lib.Settings,
     pretrained: finetune.Pretrained | None = None,
-) -> Path:  # fmt: skip
+) -> Path:
     """All rounds, going on where an earlier call stopped. Returns the output folder.
 
     Args:
@@ -84,7 +89,7 @@ def _answers(
     seed: int,
 ) -> tuple[str, ...]:
     """The files of the round's answers, those of all processes, written as far as they are not there."""
-    params = model.merge_params(current.backbone, current.memory)
+    params = lm.merge_params(current.backbone, current.memory)
     stops = rollout_lib.stop_tokens(current.tokenizer, current.config)
     origin = f"{current.origin} {checkpoint.content_hash(current.memory)}"
     student = rollout_lib.Student(current.config, params, current.tokenizer, stops, origin)

@@ -13,8 +13,9 @@ from typing import Any
 
 import tqdm
 
-from allmem_jax import stores
-from train import documents, errors, records
+from allmem_jax.storage import stores
+from train import errors
+from train.data import documents, records
 
 _worker: dict[str, Any] = {}  # of a process: the tokenizer and its edges, which are sent once
 
@@ -70,8 +71,8 @@ def texts(recipe: Any) -> list[str]:
 
 def load_tokenizer(recipe: Any) -> Any:
     """The tokenizer of a recipe, without its model."""
-    from allmem_jax import tokenizer as tokenizer_lib
-    from train import tiny
+    from allmem_jax.checkpoints import tokenizer as tokenizer_lib
+    from train.loop import tiny
 
     path = recipe.tokenizer or recipe.model
     tokenizer: Any = tiny.ByteTokenizer() if path == "tiny" else tokenizer_lib.load_tokenizer(path)

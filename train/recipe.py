@@ -7,20 +7,37 @@ from typing import Any, Literal
 
 import numpy as np
 
-from allmem_jax import config as config_lib
-from train import data, lessons
+from allmem_jax.model import config as config_lib
+from train.data import lessons, stream
 
 # Fields of `ModelConfig` that a recipe leaves to the model where they are None.
-MEMORY = ("mixer", "write", "n_mem", "d_mem", "read_out", "delay", "qk_scale", "alpha_init", "lr_init",
-          "momentum_init")  # fmt: skip
+MEMORY = ("mixer", "write", "n_mem", "d_mem", "read_out", "delay", "qk_scale", "alpha_init", "lr_init", "momentum_init")
 _ANEW = ("write", "delay")  # of these: what any memory can be trained with, as they have no parameters
 
 # A continuation may differ in these and still give the same losses (to rounding, on another mesh).
 _FREE = (
-    "model", "tokenizer", "texts", "mixture", "eval_texts", "eval_every", "eval_batches", "out", "cache",
-    "checkpoint_every", "keep", "log_every", "max_bad_steps", "export", "mesh", "accumulate", "remat", "loss_block",
-    "tensorboard", "wandb", "profile",
-)  # fmt: skip
+    "model",
+    "tokenizer",
+    "texts",
+    "mixture",
+    "eval_texts",
+    "eval_every",
+    "eval_batches",
+    "out",
+    "cache",
+    "checkpoint_every",
+    "keep",
+    "log_every",
+    "max_bad_steps",
+    "export",
+    "mesh",
+    "accumulate",
+    "remat",
+    "loss_block",
+    "tensorboard",
+    "wandb",
+    "profile",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +54,7 @@ class FinetuneConfig:
     """A folder or .gguf file with the tokenizer, where `model` is a preset."""
     texts: tuple[str, ...] = ()
     """.txt, .jsonl, .json, .parquet and .arrayrecord files, or folders of them, to train on."""
-    mixture: tuple[data.Part, ...] = ()
+    mixture: tuple[stream.Part, ...] = ()
     """Where texts are not given: sets of them with weights, each with its own length of pieces and mask."""
     out: str = ""
     """Folder for checkpoints, metrics.jsonl and the result. The same command resumes what is there. Like the model and
@@ -86,7 +103,7 @@ class FinetuneConfig:
     """Weight of the cross-entropy on the text itself beside the KL divergence from the teacher."""
     lessons: float = 0.0
     """Share of the rows that are lessons: texts in which facts, pairs, variables or words are told that are asked for
-    at the end (`train/lessons.py`)."""
+    at the end (`train/data/lessons.py`)."""
     kinds: tuple[str, ...] = ("facts", "pairs", "variables", "quotes")
     """Which of these the lessons are."""
     answer_weight: float = 1.0
@@ -182,8 +199,18 @@ class FinetuneConfig:
         for name in ("model", "out"):
             if not getattr(self, name):
                 raise ValueError(f"{name} is not set: give --{name} or set it in the recipe")
-        for name in ("steps", "batch", "accumulate", "seq_length", "checkpoint_every", "keep", "log_every",
-                     "max_bad_steps", "eval_every", "eval_batches"):  # fmt: skip
+        for name in (
+            "steps",
+            "batch",
+            "accumulate",
+            "seq_length",
+            "checkpoint_every",
+            "keep",
+            "log_every",
+            "max_bad_steps",
+            "eval_every",
+            "eval_batches",
+        ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
         for name, least in (("window", 1), ("sinks", 0)):

@@ -28,11 +28,15 @@ import tqdm
 import tyro
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from allmem_jax import config as config_lib
-from allmem_jax import convert, families, files, generation, model, sharding, stores, text
-from allmem_jax import state as state_lib
-from train import checkpoint, distributed, errors, finetune, tiny
-from train import prompts as prompts_lib
+from allmem_jax.checkpoints import convert, families
+from allmem_jax.decoding import chat, generation
+from allmem_jax.model import config as config_lib
+from allmem_jax.model import lm, sharding
+from allmem_jax.model import state as state_lib
+from allmem_jax.storage import files, stores
+from train import errors, finetune
+from train.data import prompts as prompts_lib
+from train.loop import checkpoint, distributed, tiny
 
 _SETTINGS = ".settings.json"  # after the name of the answers' file
 _UPLOAD_SECONDS = 60  # between copies of a growing file to a store
@@ -111,7 +115,7 @@ class Student(NamedTuple):
     """
 
     config: config_lib.ModelConfig
-    params: model.Params
+    params: lm.Params
     tokenizer: Any
     stops: Sequence[int]
     origin: str = ""
@@ -137,12 +141,14 @@ def load(command: Command) -> Student:
         if differing := families.differing_fields(saved, config):
             raise ValueError(f"{file} is of another model than {command.model}: {', '.join(differing)}")
         config = saved.replace(dtype=command.dtype)
-        params = model.merge_params(model.split_params(params)[0], finetune.trained_memory(command.memory))
+        params = lm.merge_params(lm.split_params(params)[0], finetune.trained_memory(command.memory))
     own = {name: getattr(command, name) for name in ("window", "sinks", "chunk")}
     own = {name: value for name, value in own.items() if value is not None}
     if config.mixer == "full" and own:
-        raise ValueError(f"{', '.join(own)}: {command.model} has no memory and answers with full attention; give "
-                         "--memory, or a converted model")  # fmt: skip
+        raise ValueError(
+            f"{', '.join(own)}: {command.model} has no memory and answers with full attention; give "
+            "--memory, or a converted model"
+        )
     if config.mixer == "full":
         config = generation.full_as_windowed(config, command.max_prompt + command.max_tokens)
     return Student(config.replace(**own), params, tokenizer, stops)
@@ -150,7 +156,7 @@ def load(command: Command) -> Student:
 
 def stop_tokens(tokenizer: Any, config: config_lib.ModelConfig) -> list[int]:
     """What ends an answer; of bytes, the end of a line."""
-    return list(b"\n") if isinstance(tokenizer, tiny.ByteTokenizer) else text.stop_tokens(tokenizer, config)
+    return list(b"\n") if isinstance(tokenizer, tiny.ByteTokenizer) else chat.stop_tokens(tokenizer, config)
 
 
 def run(
@@ -200,8 +206,10 @@ def _run(
     starts = range(0, len(prompts), settings.batch)
     batches = [sorted(longest_first[start : start + settings.batch]) for start in starts][share[0] :: share[1]]
     if len(starts) < share[1]:
-        raise ValueError(f"{len(prompts)} prompts in batches of batch={settings.batch} are {len(starts)} batches for "
-                         f"{share[1]} processes: give more prompts, or lower batch")  # fmt: skip
+        raise ValueError(
+            f"{len(prompts)} prompts in batches of batch={settings.batch} are {len(starts)} batches for "
+            f"{share[1]} processes: give more prompts, or lower batch"
+        )
     mesh, path = _local_mesh(settings.batch), part_name(out, *share)
     out.parent.mkdir(parents=True, exist_ok=True)
     _settle(out, path, _identity(settings, student, prompts, seed, share))
@@ -227,8 +235,11 @@ def _run(
             bar.set_postfix_str(f"{tokens / (time.perf_counter() - began):.1f} tokens/s", refresh=False)
             bar.update()
     seconds = time.perf_counter() - began
-    print(f"{path}: {sum(map(len, batches))} answers, {tokens} tokens now, {tokens / seconds:.1f} tokens/s",
-          file=sys.stderr, flush=True)  # fmt: skip
+    print(
+        f"{path}: {sum(map(len, batches))} answers, {tokens} tokens now, {tokens / seconds:.1f} tokens/s",
+        file=sys.stderr,
+        flush=True,
+    )
 
 
 def part_name(out: Path, index: int, count: int) -> Path:
@@ -269,9 +280,15 @@ def _answer(
     answers: list[list[int]] = [[] for _ in prompts]
     going = set(range(len(prompts)))
     for tokens, *_ in generation.stream(
-        student.params, student.config, logits, state,
-        max_tokens=settings.max_tokens, sampling=settings.sampling(), stop_tokens=student.stops, seed=seed,
-    ):  # fmt: skip
+        student.params,
+        student.config,
+        logits,
+        state,
+        max_tokens=settings.max_tokens,
+        sampling=settings.sampling(),
+        stop_tokens=student.stops,
+        seed=seed,
+    ):
         for row in sorted(going):
             if tokens[row] in student.stops:
                 going.remove(row)
@@ -297,11 +314,14 @@ def _identity(
     """What the answers depend on, as JSON values."""
     asked = json.dumps([[prompt.id, prompt.tokens] for prompt in prompts])
     return {
-        **dataclasses.asdict(settings), "seed": seed, "processes": share[1], "stops": list(student.stops),
+        **dataclasses.asdict(settings),
+        "seed": seed,
+        "processes": share[1],
+        "stops": list(student.stops),
         "config": json.loads(student.config.to_json()),
         "params": student.origin or checkpoint.content_hash(student.params),
         "prompts": hashlib.sha256(asked.encode()).hexdigest(),
-    }  # fmt: skip
+    }
 
 
 def _settle(out: Path, path: Path, identity: dict[str, Any]) -> None:

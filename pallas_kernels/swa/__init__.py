@@ -1,6 +1,15 @@
-"""Sliding-window attention with sink tokens, of whole rows and of one token at a time."""
+"""Sliding-window attention with sink tokens, of whole rows and of one token at a time.
 
+api                        `swa_attention`: signature, checks, choice of backend
+reference, xla             dense, to compare with; blocks of plain JAX
+pallas_tpu, triton_gpu     the kernels of a whole row; `documents` is what they share on packed rows
+decode                     `swa_decode`: one token against the ring cache
+decode_tpu, decode_triton  its kernels
+slots                      which token lies in which slot of the ring
+"""
+
+from pallas_kernels.swa import slots
 from pallas_kernels.swa.api import swa_attention
 from pallas_kernels.swa.decode import swa_decode
 
-__all__ = ["swa_attention", "swa_decode"]
+__all__ = ["slots", "swa_attention", "swa_decode"]

@@ -77,7 +77,9 @@ def decode(sink_slots, scale, q, k, v, keys, values, position, window, sinks) ->
             num_scalar_prefetch=len(scalars),
             grid=scalars[0].shape,
             in_specs=[
-                *(row(n) for n in (heads, kv_heads, kv_heads)), cache, cache,
+                *(row(n) for n in (heads, kv_heads, kv_heads)),
+                cache,
+                cache,
                 *(pl.BlockSpec(x.shape, lambda *_: (0, 0)) for x in constants),
             ],
             out_specs=row(heads),
@@ -88,7 +90,7 @@ def decode(sink_slots, scale, q, k, v, keys, values, position, window, sinks) ->
             dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=VMEM_BYTES
         ),
         name="swa_decode",
-    )(*scalars, q, k, v, keys, values, *constants)  # fmt: skip
+    )(*scalars, q, k, v, keys, values, *constants)
 
 
 def _blocks(size, sink_slots, count, position, window, sinks):
@@ -100,9 +102,23 @@ def _blocks(size, sink_slots, count, position, window, sinks):
 
 
 def _kernel(
-    sink_slots, scale, count, blocks, position, window, sinks,
-    q, k, v, keys, values, others, offset, out, *scratch,
-):  # fmt: skip
+    sink_slots,
+    scale,
+    count,
+    blocks,
+    position,
+    window,
+    sinks,
+    q,
+    k,
+    v,
+    keys,
+    values,
+    others,
+    offset,
+    out,
+    *scratch,
+):
     """q, out [Hq, D]; k, v [Hkv, D]; keys, values [1, K, Hkv, D]; others [Hq, C]; offset [1, C]; scratch as in `_add`.
 
     The block is computed where it is the one that `blocks` names. Where a row sees nothing that is block 0, whose

@@ -44,11 +44,27 @@ def decode(sink_slots, scale, q, k, v, keys, values, position, window, sinks) ->
     part = -(-count // (parts * tile.columns)) * tile.columns
     shapes = [jax.ShapeDtypeStruct((batch, kv_heads, parts, group, n), jnp.float32) for n in (dim, 2)]
     out, sums = triton_call.call(
-        _kernel, q, keys, values, position, jnp.stack([window, sinks]), out=shapes, grid=(batch * kv_heads, parts),
-        tile=tile, SCALE=scale * math.log2(math.e), COUNT=count, SINK_SLOTS=sink_slots, HEADS=kv_heads, GROUP=group,
-        DIM=dim, WIDE=triton_call.padded(dim), M=max(16, triton_call.padded(group)), N=tile.columns, PART=part,
+        _kernel,
+        q,
+        keys,
+        values,
+        position,
+        jnp.stack([window, sinks]),
+        out=shapes,
+        grid=(batch * kv_heads, parts),
+        tile=tile,
+        SCALE=scale * math.log2(math.e),
+        COUNT=count,
+        SINK_SLOTS=sink_slots,
+        HEADS=kv_heads,
+        GROUP=group,
+        DIM=dim,
+        WIDE=triton_call.padded(dim),
+        M=max(16, triton_call.padded(group)),
+        N=tile.columns,
+        PART=part,
         PRECISION="ieee" if q.dtype == jnp.float32 else "tf32",
-    )  # fmt: skip
+    )
     return _combine(scale, q, k, v, out, sums)
 
 
@@ -66,11 +82,25 @@ def _combine(scale, q, k, v, out, sums) -> jax.Array:
 
 @triton.jit
 def _kernel(
-    q, keys, values, position, limits, out, sums,
-    SCALE: tl.constexpr, COUNT: tl.constexpr, SINK_SLOTS: tl.constexpr, HEADS: tl.constexpr, GROUP: tl.constexpr,
-    DIM: tl.constexpr, WIDE: tl.constexpr, M: tl.constexpr, N: tl.constexpr, PART: tl.constexpr,
+    q,
+    keys,
+    values,
+    position,
+    limits,
+    out,
+    sums,
+    SCALE: tl.constexpr,
+    COUNT: tl.constexpr,
+    SINK_SLOTS: tl.constexpr,
+    HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    DIM: tl.constexpr,
+    WIDE: tl.constexpr,
+    M: tl.constexpr,
+    N: tl.constexpr,
+    PART: tl.constexpr,
     PRECISION: tl.constexpr,
-):  # fmt: skip
+):
     """One part of one key head: grid (B * Hkv, P)."""
     row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     b, h = row // HEADS, row % HEADS

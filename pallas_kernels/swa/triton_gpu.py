@@ -80,24 +80,38 @@ def backward(blocks: Tiles, scale, residuals, d_out):
     limit, spans = _plan(blocks.query, q.shape[1], window, sinks, segment_ids)
     arrays = (query, key, value, d_out, lse, delta, limit)
     (d_query,) = triton_call.call(
-        _query_kernel, *arrays, spans, out=[like_query], grid=(q.shape[0] * q.shape[2], spans.shape[1]),
-        tile=blocks.query, **_constants(blocks.query, scale, query, k, segment_ids),
-    )  # fmt: skip
+        _query_kernel,
+        *arrays,
+        spans,
+        out=[like_query],
+        grid=(q.shape[0] * q.shape[2], spans.shape[1]),
+        tile=blocks.query,
+        **_constants(blocks.query, scale, query, k, segment_ids),
+    )
     d_key, d_value = triton_call.call(
-        _key_kernel, *arrays, out=[like_key, like_key],
+        _key_kernel,
+        *arrays,
+        out=[like_key, like_key],
         grid=(q.shape[0] * k.shape[2], triton.cdiv(q.shape[1], blocks.key.columns)),
-        tile=blocks.key, **_constants(blocks.key, scale, query, k, segment_ids),
-    )  # fmt: skip
+        tile=blocks.key,
+        **_constants(blocks.key, scale, query, k, segment_ids),
+    )
     return tuple(x[..., : q.shape[-1]] for x in (d_query, d_key, d_value))
 
 
 def _constants(tile, scale, query, k, segment_ids) -> dict:
     exact = jnp.finfo(query.dtype).bits == 32
     return {
-        "SCALE": scale, "LENGTH": query.shape[1], "HEADS": query.shape[2], "KEY_HEADS": k.shape[2],
-        "DIM": query.shape[3], "M": tile.rows, "N": tile.columns, "PACKED": segment_ids is not None,
+        "SCALE": scale,
+        "LENGTH": query.shape[1],
+        "HEADS": query.shape[2],
+        "KEY_HEADS": k.shape[2],
+        "DIM": query.shape[3],
+        "M": tile.rows,
+        "N": tile.columns,
+        "PACKED": segment_ids is not None,
         "PRECISION": "ieee" if exact else "tf32",
-    }  # fmt: skip
+    }
 
 
 def _pad(x):
@@ -133,10 +147,23 @@ def _plan(tile, length, window, sinks, segment_ids) -> tuple[jax.Array, jax.Arra
 
 @triton.jit
 def _forward_kernel(
-    q, k, v, limit, spans, out, lse,
-    SCALE: tl.constexpr, LENGTH: tl.constexpr, HEADS: tl.constexpr, KEY_HEADS: tl.constexpr, DIM: tl.constexpr,
-    M: tl.constexpr, N: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
+    q,
+    k,
+    v,
+    limit,
+    spans,
+    out,
+    lse,
+    SCALE: tl.constexpr,
+    LENGTH: tl.constexpr,
+    HEADS: tl.constexpr,
+    KEY_HEADS: tl.constexpr,
+    DIM: tl.constexpr,
+    M: tl.constexpr,
+    N: tl.constexpr,
+    PACKED: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
     """One block of queries of one head: grid (B * Hq, blocks), the last blocks first."""
     row, m = tl.program_id(0), tl.num_programs(1) - 1 - tl.program_id(1)
     b, h = (row // HEADS).to(tl.int64), row % HEADS
@@ -165,10 +192,23 @@ def _forward_kernel(
 
 @triton.jit
 def _attend(
-    o, top, total, query, k, v, limit, i, begin, stop,
-    SCALE: tl.constexpr, STRIDE: tl.constexpr, DIM: tl.constexpr, N: tl.constexpr, MASKED: tl.constexpr,
+    o,
+    top,
+    total,
+    query,
+    k,
+    v,
+    limit,
+    i,
+    begin,
+    stop,
+    SCALE: tl.constexpr,
+    STRIDE: tl.constexpr,
+    DIM: tl.constexpr,
+    N: tl.constexpr,
+    MASKED: tl.constexpr,
     PRECISION: tl.constexpr,
-):  # fmt: skip
+):
     """Adds keys begin .. stop to the online softmax (o [M, D], top [M], total [M])."""
     for at in range(begin, stop, N):
         j = at + tl.arange(0, N)
@@ -188,10 +228,25 @@ def _attend(
 
 @triton.jit
 def _query_kernel(
-    q, k, v, d_out, lse, delta, limit, spans, d_q,
-    SCALE: tl.constexpr, LENGTH: tl.constexpr, HEADS: tl.constexpr, KEY_HEADS: tl.constexpr, DIM: tl.constexpr,
-    M: tl.constexpr, N: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
+    q,
+    k,
+    v,
+    d_out,
+    lse,
+    delta,
+    limit,
+    spans,
+    d_q,
+    SCALE: tl.constexpr,
+    LENGTH: tl.constexpr,
+    HEADS: tl.constexpr,
+    KEY_HEADS: tl.constexpr,
+    DIM: tl.constexpr,
+    M: tl.constexpr,
+    N: tl.constexpr,
+    PACKED: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
     """d_q of one block of queries of one head: grid and loops as in the forward pass."""
     row, m = tl.program_id(0), tl.num_programs(1) - 1 - tl.program_id(1)
     b, h = (row // HEADS).to(tl.int64), row % HEADS
@@ -220,10 +275,24 @@ def _query_kernel(
 
 @triton.jit
 def _add_query(
-    d, query, d_o, norm, share, k, v, limit, i, begin, stop,
-    SCALE: tl.constexpr, STRIDE: tl.constexpr, DIM: tl.constexpr, N: tl.constexpr, MASKED: tl.constexpr,
+    d,
+    query,
+    d_o,
+    norm,
+    share,
+    k,
+    v,
+    limit,
+    i,
+    begin,
+    stop,
+    SCALE: tl.constexpr,
+    STRIDE: tl.constexpr,
+    DIM: tl.constexpr,
+    N: tl.constexpr,
+    MASKED: tl.constexpr,
     PRECISION: tl.constexpr,
-):  # fmt: skip
+):
     """Adds what keys begin .. stop give to d [M, D]."""
     for at in range(begin, stop, N):
         j = at + tl.arange(0, N)
@@ -240,10 +309,25 @@ def _add_query(
 
 @triton.jit
 def _key_kernel(
-    q, k, v, d_out, lse, delta, limit, d_k, d_v,
-    SCALE: tl.constexpr, LENGTH: tl.constexpr, HEADS: tl.constexpr, KEY_HEADS: tl.constexpr, DIM: tl.constexpr,
-    M: tl.constexpr, N: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
+    q,
+    k,
+    v,
+    d_out,
+    lse,
+    delta,
+    limit,
+    d_k,
+    d_v,
+    SCALE: tl.constexpr,
+    LENGTH: tl.constexpr,
+    HEADS: tl.constexpr,
+    KEY_HEADS: tl.constexpr,
+    DIM: tl.constexpr,
+    M: tl.constexpr,
+    N: tl.constexpr,
+    PACKED: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
     """d_k and d_v of one block of keys of one head: grid (B * Hkv, blocks); sinks, in first blocks, take longest."""
     row, n = tl.program_id(0), tl.program_id(1)
     b, h = (row // KEY_HEADS).to(tl.int64), row % KEY_HEADS
@@ -272,10 +356,25 @@ def _key_kernel(
 
 @triton.jit
 def _add_key(
-    dk, dv, key, value, q, d_out, lse, delta, last, j, begin, stop,
-    SCALE: tl.constexpr, STRIDE: tl.constexpr, DIM: tl.constexpr, M: tl.constexpr, MASKED: tl.constexpr,
+    dk,
+    dv,
+    key,
+    value,
+    q,
+    d_out,
+    lse,
+    delta,
+    last,
+    j,
+    begin,
+    stop,
+    SCALE: tl.constexpr,
+    STRIDE: tl.constexpr,
+    DIM: tl.constexpr,
+    M: tl.constexpr,
+    MASKED: tl.constexpr,
     PRECISION: tl.constexpr,
-):  # fmt: skip
+):
     """Adds what queries begin .. stop give to dk, dv [N, D]; scores are transposed here, [N, M]."""
     for at in range(begin, stop, M):
         i = at + tl.arange(0, M)

@@ -1,4 +1,12 @@
-"""The test-time-trained memory: a per-head SwiGLU whose weights are updated chunk by chunk."""
+"""The test-time-trained memory: a per-head SwiGLU whose weights are updated chunk by chunk.
+
+types             fast weights, and the state
+api               `ttt_memory`: signature, checks, choice of backend
+reference, xla    token by token, to compare with; blocks of plain JAX
+pallas_tpu        the TPU kernels; `tpu_block` is a block's mathematics, `tpu_layout` its shapes
+triton_gpu        the GPU kernels
+visits            which pieces of chunks the kernels visit, in what order
+"""
 
 from pallas_kernels.ttt.api import ttt_memory
 from pallas_kernels.ttt.types import FastWeights, MemoryState, init_memory_state

@@ -306,12 +306,16 @@ def _call_forward(layout, difference, save, work, arrays):
     shapes = [jax.ShapeDtypeStruct(arrays[0].shape, arrays[0].dtype)]
     shapes += [_fast_shape(layout, batch, layout.slots)] * saved + [_fast_shape(layout, batch, 1)] * 3
     return _call(
-        functools.partial(_forward_kernel, layout, difference, save), "ttt_memory_forward", layout, work, arrays,
+        functools.partial(_forward_kernel, layout, difference, save),
+        "ttt_memory_forward",
+        layout,
+        work,
+        arrays,
         shapes,
         in_specs=[token] * 3 + [rate, lane, fast(shared=True)] + [fast()] * 3,
         out_specs=[token] + [slot] * saved + [fast()] * 3,
         scratch=(4, 2),
-    )  # fmt: skip
+    )
 
 
 def _call_backward(layout, difference, work, arrays):
@@ -319,11 +323,16 @@ def _call_backward(layout, difference, work, arrays):
     shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (*arrays[:3], *arrays[4:6])]
     shapes += [_fast_shape(layout, arrays[0].shape[0], 1)] * 4
     return _call(
-        functools.partial(_backward_kernel, layout, difference), "ttt_memory_backward", layout, work, arrays, shapes,
+        functools.partial(_backward_kernel, layout, difference),
+        "ttt_memory_backward",
+        layout,
+        work,
+        arrays,
+        shapes,
         in_specs=[token] * 4 + [rate, lane, fast(shared=True)] + [slot] * 2 + [fast()] * 3,
         out_specs=[token] * 3 + [rate, lane] + [fast()] * 4,
         scratch=(7, 3),
-    )  # fmt: skip
+    )
 
 
 def _call(kernel, name, layout, work, arrays, shapes, *, in_specs, out_specs, scratch):

@@ -84,9 +84,14 @@ def read_tokens(tiles: Tiles, w: FastWeights, q: jax.Array) -> jax.Array:
     query, weights = _flat(q), _stack(tile, w, q.dtype)
     grid = (query.shape[0], triton.cdiv(query.shape[1], tile.rows))
     (out,) = triton_call.call(
-        _read_kernel, weights, query, out=[jax.ShapeDtypeStruct(query.shape, jnp.float32)], grid=grid, tile=tile,
+        _read_kernel,
+        weights,
+        query,
+        out=[jax.ShapeDtypeStruct(query.shape, jnp.float32)],
+        grid=grid,
+        tile=tile,
         **_constants(tile, query, weights),
-    )  # fmt: skip
+    )
     return _unflat(out, q)
 
 
@@ -97,9 +102,16 @@ def _read_backward(tiles, residuals, d_out):
     d_o = wide.astype(q.dtype)
     grid, span = _splits(tile, query, weights)
     d_q, d_w = triton_call.call(
-        _read_gradient_kernel, weights, query, d_o, out=[_parts_of(query, grid[1]), _parts_of(weights, grid[2])],
-        grid=grid, tile=tile, SPAN=span, **_constants(tile, query, weights),
-    )  # fmt: skip
+        _read_gradient_kernel,
+        weights,
+        query,
+        d_o,
+        out=[_parts_of(query, grid[1]), _parts_of(weights, grid[2])],
+        grid=grid,
+        tile=tile,
+        SPAN=span,
+        **_constants(tile, query, weights),
+    )
     d_q = wide + d_q.sum(0)
     return _unstack(d_w.sum(0), w), _unflat(d_q.astype(q.dtype), q)
 
@@ -115,9 +127,17 @@ def write_tokens(tiles: Tiles, w: FastWeights, k: jax.Array, v: jax.Array, lr: j
     rates = lr.reshape(*key.shape[:2], 3)
     grid, span = _splits(tile, key, weights)
     (gradient,) = triton_call.call(
-        _write_kernel, weights, key, value, rates, out=[_parts_of(weights, grid[2])], grid=grid, tile=tile, SPAN=span,
+        _write_kernel,
+        weights,
+        key,
+        value,
+        rates,
+        out=[_parts_of(weights, grid[2])],
+        grid=grid,
+        tile=tile,
+        SPAN=span,
         **_constants(tile, key, weights),
-    )  # fmt: skip
+    )
     return _unstack(gradient.sum(0), w)
 
 
@@ -129,9 +149,18 @@ def _write_backward(tiles, residuals, cotangent):
     grid, span = _splits(tile, key, weights)
     shapes = [_parts_of(key, grid[1]), _parts_of(value, grid[1]), _parts_of(rates, grid[1])]
     d_k, d_v, d_lr, d_w = triton_call.call(
-        _write_gradient_kernel, weights, slopes, key, value, rates, out=[*shapes, _parts_of(weights, grid[2])],
-        grid=grid, tile=tile, SPAN=span, **_constants(tile, key, weights),
-    )  # fmt: skip
+        _write_gradient_kernel,
+        weights,
+        slopes,
+        key,
+        value,
+        rates,
+        out=[*shapes, _parts_of(weights, grid[2])],
+        grid=grid,
+        tile=tile,
+        SPAN=span,
+        **_constants(tile, key, weights),
+    )
     d_k, d_v = (_unflat(x.sum(0).astype(k.dtype), k) for x in (d_k, d_v))
     return _unstack(d_w.sum(0), w), d_k, d_v, d_lr.sum(0).reshape(lr.shape)
 
@@ -142,9 +171,13 @@ write_tokens.defvjp(lambda tiles, *args: (write_tokens(tiles, *args), args), _wr
 def _constants(tile, x, weights) -> dict:
     exact = jnp.finfo(x.dtype).bits == 32
     return {
-        "TOKENS": x.shape[1], "DIM": x.shape[2], "HIDDEN": weights.shape[2], "M": tile.rows, "N": tile.columns,
+        "TOKENS": x.shape[1],
+        "DIM": x.shape[2],
+        "HIDDEN": weights.shape[2],
+        "M": tile.rows,
+        "N": tile.columns,
         "PRECISION": "ieee" if exact else "tf32",
-    }  # fmt: skip
+    }
 
 
 def _splits(tile, x, weights) -> tuple[tuple[int, int, int], int]:
@@ -186,10 +219,16 @@ def _unstack(x, like: FastWeights) -> FastWeights:
 
 @triton.jit
 def _read_kernel(
-    w, q, out,
-    TOKENS: tl.constexpr, DIM: tl.constexpr, HIDDEN: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+    w,
+    q,
+    out,
+    TOKENS: tl.constexpr,
+    DIM: tl.constexpr,
+    HIDDEN: tl.constexpr,
+    M: tl.constexpr,
+    N: tl.constexpr,
     PRECISION: tl.constexpr,
-):  # fmt: skip
+):
     """f(W, q) of M tokens: grid (P, blocks of T)."""
     p = tl.program_id(0).to(tl.int64)
     t = tl.program_id(1) * M + tl.arange(0, M)
@@ -207,10 +246,19 @@ def _read_kernel(
 
 @triton.jit
 def _read_gradient_kernel(
-    w, q, d_out, d_q, d_w, SPAN: tl.constexpr,
-    TOKENS: tl.constexpr, DIM: tl.constexpr, HIDDEN: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+    w,
+    q,
+    d_out,
+    d_q,
+    d_w,
+    SPAN: tl.constexpr,
+    TOKENS: tl.constexpr,
+    DIM: tl.constexpr,
+    HIDDEN: tl.constexpr,
+    M: tl.constexpr,
+    N: tl.constexpr,
     PRECISION: tl.constexpr,
-):  # fmt: skip
+):
     """Parts of d_q and of d_w from N hidden units and SPAN tokens: grid (P, blocks of H, S)."""
     p, n, part = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
     gate, up, down = _weights(w + p * 3 * HIDDEN * DIM, n * N, HIDDEN, DIM, N)
@@ -238,10 +286,19 @@ def _read_gradient_kernel(
 
 @triton.jit
 def _write_kernel(
-    w, k, v, lr, gradient, SPAN: tl.constexpr,
-    TOKENS: tl.constexpr, DIM: tl.constexpr, HIDDEN: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+    w,
+    k,
+    v,
+    lr,
+    gradient,
+    SPAN: tl.constexpr,
+    TOKENS: tl.constexpr,
+    DIM: tl.constexpr,
+    HIDDEN: tl.constexpr,
+    M: tl.constexpr,
+    N: tl.constexpr,
     PRECISION: tl.constexpr,
-):  # fmt: skip
+):
     """Part of the inner loss's gradient, of N hidden units, from SPAN tokens: grid (P, blocks of H, S)."""
     p, n, part = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
     gate, up, down = _weights(w + p * 3 * HIDDEN * DIM, n * N, HIDDEN, DIM, N)
@@ -267,10 +324,23 @@ def _write_kernel(
 
 @triton.jit
 def _write_gradient_kernel(
-    w, slopes, k, v, lr, d_k, d_v, d_lr, d_w, SPAN: tl.constexpr,
-    TOKENS: tl.constexpr, DIM: tl.constexpr, HIDDEN: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+    w,
+    slopes,
+    k,
+    v,
+    lr,
+    d_k,
+    d_v,
+    d_lr,
+    d_w,
+    SPAN: tl.constexpr,
+    TOKENS: tl.constexpr,
+    DIM: tl.constexpr,
+    HIDDEN: tl.constexpr,
+    M: tl.constexpr,
+    N: tl.constexpr,
     PRECISION: tl.constexpr,
-):  # fmt: skip
+):
     """Parts of the gradients of `_write_kernel`'s inputs from `slopes`, that of its result: grid (P, blocks of H, S).
 
     x_* are the products of `slopes` with the tokens; d_*_term are the gradients of the three terms of a token.

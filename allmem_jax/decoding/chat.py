@@ -1,0 +1,294 @@
+"""Text in and text out: chat templates, streamed text and where it ends, and conversations that read a turn once."""
+
+import dataclasses
+import re
+import weakref
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from typing import Any
+
+import transformers
+
+from allmem_jax.checkpoints import ends
+from allmem_jax.checkpoints import tokenizer as tokenizer_lib
+from allmem_jax.decoding import generation
+from allmem_jax.model import config as config_lib
+from allmem_jax.model import lm, state
+
+Tokenizer = transformers.PreTrainedTokenizerBase
+Messages = Sequence[dict[str, str]]
+
+_BYTE = re.compile("<0x[0-9A-Fa-f]{2}>")  # how sentencepiece vocabularies write the bytes of rare characters
+
+
+def stop_tokens(tokenizer: Tokenizer, config: config_lib.ModelConfig | None = None) -> list[int]:
+    """The ids that end a text or a turn: the tokenizer's and the config's."""
+    return sorted(ends.of_tokenizer(tokenizer) | set(config.eos_tokens if config is not None else ()))
+
+
+def render(
+    tokenizer: Tokenizer, messages: Messages, *, generation_prompt: bool = True, thinking: bool | None = None
+) -> str:
+    """The text of a chat, by the tokenizer's template.
+
+    Args:
+      tokenizer: of an instruction-tuned model.
+      messages: {"role", "content"} each.
+      generation_prompt: end with what opens the assistant's turn.
+      thinking: the template's switch `enable_thinking`; None leaves it as the template has it.
+
+    Raises:
+      ValueError: no template, one that refuses the messages or does not parse, or one without that switch.
+    """
+    if not tokenizer.chat_template:
+        raise ValueError("the tokenizer has no chat template: use `allmem generate`, or an instruction-tuned model")
+    options: dict[str, Any] = {"tokenize": False, "add_generation_prompt": generation_prompt}
+    if thinking is not None:
+        if "enable_thinking" not in str(tokenizer.chat_template):
+            raise ValueError("the chat template has no enable_thinking: leave thinking out")
+        options["enable_thinking"] = thinking
+    try:
+        return str(tokenizer.apply_chat_template(list(messages), **options))
+    except Exception as error:  # a template is a program of the model's author, and may raise anything
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+    if any(message["role"] == "system" for message in messages):
+        hint = ": models without a system role refuse one; leave it out (--system), or begin the first question with it"
+    else:
+        hint = ": correct the model's chat template, or use `allmem generate` without a template"
+    raise ValueError(f"the chat template fails on these messages ({reason}){hint}")
+
+
+def decode_stream(tokenizer: Tokenizer, ids: Iterable[int], before: Sequence[int] = ()) -> Iterator[str]:
+    """The text of tokens as they come; together exactly what decoding `before` and all of them adds to `before`.
+
+    A character that is spread over several tokens comes when it is complete, and a run of sentencepiece's bytes with
+    the token after it, which decides whether the run is text at all.
+
+    Args:
+      tokenizer: of the tokens; special tokens are skipped.
+      ids: the tokens.
+      before: tokens that precede them. Tokenizers drop a leading space at the start of a text, not in its middle.
+    """
+    skipped = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
+    context, run = [token for token in before if token not in skipped], list[int]()
+    known = _settled(_decode(tokenizer, context))
+    for token in ids:
+        if token in skipped:
+            continue
+        run.append(token)
+        if _BYTE.fullmatch(str(tokenizer.convert_ids_to_tokens(token))):
+            continue
+        if piece := _settled(_decode(tokenizer, context + run))[len(known) :]:
+            yield piece
+        context, run = (context + run)[-8:], []  # enough for a character of four tokens to begin in
+        known = _settled(_decode(tokenizer, context))
+    if rest := _decode(tokenizer, context + run)[len(known) :]:
+        yield rest
+
+
+def _decode(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
+    return str(tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+
+def _settled(text: str) -> str:
+    """`text` without the mark of an unfinished character at its end, which the next token may complete."""
+    return text.removesuffix("\ufffd")
+
+
+def until(pieces: Iterable[str], stops: Sequence[str]) -> Iterator[str]:
+    """The text of `pieces` up to the first of `stops` that completes; what may be the beginning of one is held back.
+
+    However the text is cut into pieces, the result is the same text. After a stop no more pieces are asked for.
+    """
+    if "" in stops:
+        raise ValueError("a stop string is empty: give the text to stop at")
+    held = ""
+    for piece in pieces:
+        held += piece
+        found = [(place + len(stop), place) for stop in stops if (place := held.find(stop)) >= 0]
+        if found:
+            if held := held[: min(found)[1]]:
+                yield held
+            return
+        begun = max((n for stop in stops for n in range(1, len(stop)) if held.endswith(stop[:n])), default=0)
+        shown, held = held[: len(held) - begun], held[len(held) - begun :]
+        if shown:
+            yield shown
+    if held:
+        yield held
+
+
+def complete(
+    params: lm.Params,
+    config: config_lib.ModelConfig,
+    tokenizer: Tokenizer,
+    prompt: str,
+    *,
+    max_tokens: int,
+    sampling: generation.Sampling = generation.GREEDY,
+    seed: int = 0,
+    stop: Sequence[str] = (),
+    progress: Callable[[int], Any] | None = None,
+) -> Iterator[str]:
+    """Reads a prompt and yields the text that continues it piece by piece, until a stop or `max_tokens`.
+
+    Args:
+      params: of the model.
+      config: the model; with mixer="full" the cache is as long as prompt and continuation.
+      tokenizer: of the model.
+      prompt: text, not empty; a chat template is not applied.
+      max_tokens: at least 1.
+      sampling: greedy by default.
+      seed: of the draws.
+      stop: texts to stop at, which are not yielded.
+      progress: called with the number of prompt tokens just read.
+    """
+    if not prompt:
+        raise ValueError("the prompt is empty: give some text to continue")
+    if max_tokens < 1:
+        raise ValueError(f"max_tokens={max_tokens} must be at least 1")
+    sampling.check()
+    ids = tokenizer_lib.encode_prompt(tokenizer, prompt)
+    generation.warn_beyond(config, len(ids), max_tokens)
+    config, start = generation.with_room(config, None, 1, len(ids) + max_tokens)
+    logits, start = generation.prefill(params, config, [ids], state=start, progress=progress)
+    stops = stop_tokens(tokenizer, config)
+    steps = generation.stream(
+        params, config, logits, start, max_tokens=max_tokens, sampling=sampling, stop_tokens=stops, seed=seed
+    )
+    drawn = (int(tokens[0]) for tokens, *_ in steps)
+    return until(decode_stream(tokenizer, (token for token in drawn if token not in stops), before=ids), stop)
+
+
+@dataclasses.dataclass
+class Conversation:
+    """A chat and the decode state that has read it: a turn costs its own tokens, however long the chat is.
+
+    A reply follows from what the template makes of all messages, whatever came before. The state is kept where the
+    template leaves the tokens that it has read as they are. Otherwise, as where it drops an answer's thoughts, the
+    last answer is read again from the state before it, or the whole chat from its beginning.
+
+    Attributes:
+      params, config, tokenizer: the model. The cache of a "full" mixer grows with the chat.
+      sampling, max_tokens, seed: of every reply.
+      context: the longest chat of a "full" mixer in tokens, for which its cache is made at once; None sets no limit.
+      messages: what was said, as chat templates take it.
+      stop: texts that end a reply, without being part of it.
+      thinking: the template's switch `enable_thinking`, or None.
+    """
+
+    params: lm.Params
+    config: config_lib.ModelConfig
+    tokenizer: Tokenizer
+    sampling: generation.Sampling = generation.GREEDY
+    max_tokens: int = 512
+    seed: int = 0
+    context: int | None = None
+    messages: list[dict[str, str]] = dataclasses.field(default_factory=list)
+    stop: Sequence[str] = ()
+    thinking: bool | None = None
+    _tokens: list[int] = dataclasses.field(default_factory=list)  # what the state has read
+    _state: state.DecodeState | None = None
+    _replying: weakref.ref[Generator[str, None, None]] | None = None
+    _earlier: tuple[int, state.DecodeState | None] = (0, None)  # the state after the first so many of them
+
+    def __post_init__(self):
+        self._encode([*self.messages, _message("user", "x")])  # raises where no reply could be made
+        self.sampling.check()
+        if self.max_tokens < 1:
+            raise ValueError(f"max_tokens={self.max_tokens} must be at least 1")
+
+    def reply(self, text: str) -> Iterator[str]:
+        """Yields the model's answer to `text` piece by piece; both join `messages`.
+
+        An answer that is not asked for to its end (it is closed, dropped, or fails; the next reply closes it) joins as
+        far as it was yielded. Before its first piece the turn is as if it had not been.
+        """
+        if not text.strip():
+            raise ValueError("the message is empty: write something")
+        if unfinished := self._replying and self._replying():
+            unfinished.close()
+        pieces = self._reply(text)
+        self._replying = weakref.ref(pieces)
+        return pieces
+
+    def _reply(self, text: str) -> Generator[str, None, None]:
+        messages = [*self.messages, _message("user", text)]
+        prompt, stops = self._encode(messages), stop_tokens(self.tokenizer, self.config)
+        self._check_length(len(prompt))
+        at, after = self._resume(prompt)
+        earlier: list[tuple[int, state.DecodeState]] = []
+        for end in (self._lasting(messages, prompt), len(prompt)):
+            if at < end:
+                logits, after = generation.prefill(self.params, self.config, [prompt[at:end]], state=after)
+                at = end
+            earlier.append((at, after))
+        steps = generation.stream(
+            self.params,
+            self.config,
+            logits,
+            after,
+            max_tokens=self.max_tokens,
+            sampling=self.sampling,
+            stop_tokens=stops,
+            seed=self.seed + len(self.messages),
+        )
+        answer, shown = list[int](), list[str]()
+
+        def drawn() -> Iterator[int]:
+            nonlocal after
+            for tokens, _, _, newest in steps:
+                after = newest
+                answer.append(int(tokens[0]))
+                if answer[-1] not in stops:
+                    yield answer[-1]
+
+        try:
+            for piece in until(decode_stream(self.tokenizer, drawn()), self.stop):
+                shown.append(piece)
+                yield piece
+        except BaseException:  # the reader has gone, or a step was interrupted, whose state is lost
+            if shown:
+                self._join(messages, shown, prompt[: earlier[0][0]], earlier[0][1], earlier[0])
+            raise
+        self._join(messages, shown, prompt + answer, after, earlier[0])
+
+    def _encode(self, messages: Messages) -> list[int]:
+        rendered = render(self.tokenizer, messages, thinking=self.thinking)
+        return list(self.tokenizer.encode(rendered, add_special_tokens=False))
+
+    def _check_length(self, prompt: int) -> None:
+        """An error where a chat outgrows `context`, a warning where it outgrows what the model was trained on."""
+        longest = prompt + self.max_tokens
+        if self.config.mixer == "full" and self.context is not None and longest > self.context:
+            raise ValueError(
+                f"the chat may reach {longest} tokens and full attention was given a cache of {self.context}: "
+                "start again with a larger --context, or with a converted model, which needs none"
+            )
+        if len(self._tokens) <= self.config.max_length:  # once
+            generation.warn_beyond(self.config, prompt, self.max_tokens)
+
+    def _resume(self, prompt: list[int]) -> tuple[int, state.DecodeState]:
+        """The longest beginning of `prompt` that was read already, and the state after it."""
+        for count, after in ((len(self._tokens), self._state), self._earlier):
+            if after is not None and count < len(prompt) and self._tokens[:count] == prompt[:count]:
+                return count, after
+        room = self.context or len(prompt) + self.max_tokens
+        return 0, generation.with_room(self.config, None, 1, room)[1]
+
+    def _lasting(self, messages: Messages, prompt: list[int]) -> int:
+        """How many tokens of `prompt` the template keeps when the chat goes on."""
+        try:
+            later = self._encode([*messages, _message("assistant", "x"), _message("user", "x")])
+        except ValueError:  # it does not go on
+            return len(prompt)
+        pairs = enumerate(zip(prompt, later, strict=False))
+        return next((place for place, (now, then) in pairs if now != then), min(len(prompt), len(later)))
+
+    def _join(self, messages, shown, tokens, after, earlier) -> None:
+        """Adds an answer to the messages, and keeps the state that has read `tokens`, and an earlier one."""
+        self.messages = [*messages, _message("assistant", "".join(shown))]
+        self._tokens, self._state, self._earlier = tokens, after, earlier
+
+
+def _message(role: str, content: str) -> dict[str, str]:
+    return {"role": role, "content": content}

@@ -1,0 +1,396 @@
+"""The model's mathematics as pure functions of arrays, with no parameters and no modules.
+
+Only this file calls the kernels. Axes:
+
+    B batch    L tokens of the call    d model    Hq, Hkv attention heads    D dimension of a head (of either kind)
+    S sink slots    W window slots    N memory heads    K convolution taps    H hidden size of the fast weights
+"""
+
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+import pallas_kernels
+from allmem_jax.model import config as config_lib
+from allmem_jax.model import sharding
+from pallas_kernels import dots
+from pallas_kernels.swa import slots
+
+
+def recomputed(function: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+    """`function`, of which the backward pass keeps the arguments alone.
+
+    For what is computed of each element, or of its neighbours: it costs less than to write it and read it again.
+    """
+    return jax.checkpoint(function, prevent_cse=False)
+
+
+def per_channel(x: jax.Array, like: jax.Array) -> jax.Array:
+    """x [F] as `like` [..., F]. Its gradient is one sum over all other axes, also those of size 1.
+
+    What a product broadcasts by itself is summed over the others only, which XLA does 20 times slower on CPUs.
+    """
+    return jnp.broadcast_to(x.astype(jnp.float32), like.shape)
+
+
+def rms_norm(
+    x: jax.Array, scale: jax.Array, eps: jax.Array | float, offset: float = 0.0, norm: float | None = None
+) -> jax.Array:
+    """x / rms(x) * (offset + scale) over the last axis, in float32 and back, then `l2_normalise` if `norm` is given.
+
+    `eps`, on the mean square, may be [..., 1].
+    """
+
+    def normalise(x, scale, eps):
+        wide = x.astype(jnp.float32)
+        wide = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + eps)
+        y = (wide * (offset + per_channel(scale, x))).astype(x.dtype)
+        return y if norm is None else l2_normalise(y, norm)
+
+    return recomputed(normalise)(x, scale, eps)
+
+
+def l2_normalise(x: jax.Array, norm: float = 1.0, eps: float = 1e-6) -> jax.Array:
+    """x rescaled to `norm` over the last axis, in float32 and back."""
+    wide = x.astype(jnp.float32)
+    inverse = jax.lax.rsqrt(jnp.sum(jnp.square(wide), axis=-1, keepdims=True) + eps)
+    return (wide * (norm * inverse)).astype(x.dtype)
+
+
+def gated(gate: jax.Array, up: jax.Array, activation: str) -> jax.Array:
+    """act(gate) * up, act being "silu" or "gelu_tanh"."""
+
+    def product(gate, up):
+        return (jax.nn.silu(gate) if activation == "silu" else jax.nn.gelu(gate, approximate=True)) * up
+
+    return recomputed(product)(gate, up)
+
+
+def linear(x: jax.Array, kernel: jax.Array, bias: jax.Array | None = None, scale: jax.Array | None = None) -> jax.Array:
+    """(x @ kernel) * scale + bias in x's dtype, accumulated in float32.
+
+    Args:
+      x: [..., in]; kernel: [in, out].
+      bias, scale: [out]. Where x has more rows than the kernel, `scale` is taken into the kernel, which costs less.
+    """
+    many = x.size > kernel.shape[0] * x.shape[-1]
+    y = dots.matmul(x, kernel if scale is None or not many else kernel * scale)
+    if scale is not None and not many:
+        y = y * per_channel(scale, y)
+    return (y if bias is None else y + per_channel(bias, y)).astype(x.dtype)
+
+
+def logits(hidden: jax.Array, head: jax.Array) -> jax.Array:
+    """float32 [..., V] from hidden states [..., d] and the head [d, V], accumulated in float32."""
+    return dots.matmul(hidden, head)
+
+
+def document_offsets(segment_ids: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Of packed rows [B, L]: int32 tokens of the same document before each token, and bool whether it is the first."""
+    index = jnp.broadcast_to(jnp.arange(segment_ids.shape[1], dtype=jnp.int32), segment_ids.shape)
+    before = jnp.pad(segment_ids, ((0, 0), (1, 0)), constant_values=-1)[:, :-1]
+    first = before != segment_ids
+    return index - jax.lax.cummax(jnp.where(first, index, 0), axis=1), first
+
+
+def rope_frequencies(
+    head_dim: int, theta: float, scaling: config_lib.RopeScaling | None = None
+) -> tuple[jax.Array, float]:
+    """Angular frequencies float32 [head_dim / 2] in radians per token, and the factor on cos and sin.
+
+    The kinds of `scaling` follow Hugging Face's definitions; yarn is arXiv 2309.00071.
+    """
+    pairs = jnp.arange(0, head_dim, 2, dtype=jnp.float32)
+    base = theta ** (-pairs / head_dim)
+    if scaling is None:
+        return base, 1.0
+    if scaling.kind == "linear":
+        return base / scaling.factor, 1.0
+    if scaling.kind == "llama3":
+        turns = scaling.original_length * base / (2 * math.pi)  # rotations within the pretraining context
+        keep = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+        keep = jnp.clip(keep, 0.0, 1.0)
+        return keep * base + (1 - keep) * base / scaling.factor, 1.0
+
+    def pair_at(rotations: float) -> float:
+        return head_dim * math.log(scaling.original_length / (rotations * 2 * math.pi)) / (2 * math.log(theta))
+
+    low = max(math.floor(pair_at(scaling.beta_fast)), 0)
+    high = min(math.ceil(pair_at(scaling.beta_slow)), head_dim - 1)
+    ramp = jnp.clip((pairs / 2 - low) / max(high - low, 1e-3), 0.0, 1.0)
+    factor = scaling.attention_factor
+    if factor is None:
+        factor = 0.1 * math.log(scaling.factor) + 1.0 if scaling.factor > 1 else 1.0
+    return ramp * base / scaling.factor + (1 - ramp) * base, factor
+
+
+def rope_table(positions: jax.Array, frequencies: jax.Array, factor: float) -> tuple[jax.Array, jax.Array]:
+    """cos and sin, float32 [B, L, D / 2], of int positions [B, L]."""
+    angles = positions.astype(jnp.float32)[..., None] * frequencies
+    return jnp.cos(angles) * factor, jnp.sin(angles) * factor
+
+
+def apply_rope(x: jax.Array, table: tuple[jax.Array, jax.Array]) -> jax.Array:
+    """Rotates the halves of each head: x [B, L, heads, D], table from `rope_table`."""
+    cos, sin = (part[:, :, None, :] for part in table)
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+
+
+def attend(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    *,
+    window: jax.Array | int,
+    sinks: jax.Array | int,
+    segment_ids: jax.Array | None,
+    scale: float,
+) -> jax.Array:
+    """Windowed attention with sinks over a whole row. q [B, L, Hq, D], k and v [B, L, Hkv, D] -> [B, L, Hq, D].
+
+    Under a mesh every device computes its own rows and heads; see `sharding.over_rows_and_heads`.
+    """
+
+    def kernel(q, k, v, segment_ids, *traced):
+        size = dict(zip(names, traced, strict=True))
+        return pallas_kernels.swa_attention(q, k, v, segment_ids=segment_ids, scale=scale, **(fixed | size))
+
+    sizes = {"window": window, "sinks": sinks}
+    fixed = {name: size for name, size in sizes.items() if isinstance(size, int)}
+    names = tuple(name for name in sizes if name not in fixed)
+    traced = tuple(jnp.asarray(sizes[name]) for name in names)
+    tokens = PartitionSpec("rows", None, "heads")
+    where = (tokens, tokens, tokens, PartitionSpec("rows"), *(PartitionSpec(),) * len(traced))
+    arguments = (*(sharding.over_tokens(x, heads=True) for x in (q, k, v)), segment_ids, *traced)
+    out = sharding.over_rows_and_heads(kernel, arguments, where, tokens, q.shape[0], k.shape[2])
+    return sharding.over_tokens(out, heads=True)
+
+
+def attend_cached(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    cache: tuple[jax.Array, jax.Array],
+    position: jax.Array,
+    lengths: jax.Array,
+    *,
+    sink_slots: int,
+    window: jax.Array | int,
+    sinks: jax.Array | int,
+    scale: float,
+) -> jax.Array:
+    """Attention of L new tokens to the ring cache of one layer and to each other; `write_cache` then adds them to it.
+
+    Token p lives in slot p while p < S, else in slot S + (p - S) % W, so that the cache holds the first S and the
+    last W tokens of each row, whatever its phase. One token a row is decoded by `pallas_kernels.swa_decode`.
+
+    Args:
+      q: [B, L, Hq, D]; k, v: [B, L, Hkv, D], rotated to their absolute positions.
+      cache: keys and values, each [B, S + W, Hkv, D].
+      position: int32 [B], tokens already in the cache's past; lengths: int32 [B], new tokens that are real.
+      sink_slots: S.
+      window, sinks: int32 scalars of this layer, at most W and S.
+      scale: multiplies the logits.
+
+    Returns:
+      [B, L, Hq, D]. Rows of padding are arbitrary but finite.
+
+    Under a mesh every device computes its own rows and heads; see `sharding.over_rows_and_heads`.
+    """
+
+    def local(q, k, v, keys, values, position, lengths, window, sinks):
+        sizes = {"window": window, "sinks": sinks, "scale": scale}
+        held = keys.astype(k.dtype), values.astype(v.dtype)
+        if q.shape[1] == 1:
+            one = q[:, 0], k[:, 0], v[:, 0]
+            return pallas_kernels.swa_decode(*one, *held, position, sink_slots=sink_slots, **sizes)[:, None]
+        return _attend_some(q, k, v, *held, position, lengths, sink_slots=sink_slots, **sizes)
+
+    tokens, rows, every = PartitionSpec("rows", None, "heads"), PartitionSpec("rows"), PartitionSpec()
+    arguments = (q, k, v, *cache, position, lengths, jnp.asarray(window), jnp.asarray(sinks))
+    where = (*(tokens,) * 5, rows, rows, every, every)
+    return sharding.over_rows_and_heads(local, arguments, where, tokens, q.shape[0], k.shape[2])
+
+
+def _attend_some(q, k, v, keys, values, position, lengths, *, sink_slots, window, sinks, scale) -> jax.Array:
+    """Attention of L tokens to a cache [B, T, Hkv, D], which is not copied, and to each other; see `attend_cached`."""
+    batch, length, heads, dim = q.shape
+    count = keys.shape[1]
+    offsets = jnp.arange(length, dtype=jnp.int32)
+    q_pos = position[:, None] + offsets  # [B, L]
+    held = slots.held(position[:, None], jnp.arange(count, dtype=jnp.int32), sink_slots, count)
+    k_pos = jnp.concatenate([held, q_pos], axis=1)  # [B, T + L]
+    real = jnp.concatenate([held >= 0, offsets < lengths[:, None]], axis=1)
+    distance = q_pos[:, :, None] - k_pos[:, None, :]
+    visible = (distance >= 0) & ((distance < window) | (k_pos < sinks)[:, None, :]) & real[:, None, :]
+
+    grouped = q.reshape(batch, length, k.shape[2], -1, dim)
+    scores = jnp.concatenate([dots.einsum("blhgd,bkhd->bhglk", grouped, x) for x in (keys, k)], axis=-1) * scale
+    scores = jnp.where(visible[:, None, None], scores, -1e30)
+    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)  # [B, Hkv, G, L, T + L]
+    cached, new = weights[..., :count], weights[..., count:]
+    out = dots.einsum("bhglk,bkhd->blhgd", cached, values) + dots.einsum("bhglk,bkhd->blhgd", new, v)
+    return out.reshape(batch, length, heads, dim).astype(q.dtype)
+
+
+def write_cache(
+    cache: jax.Array, new: jax.Array, position: jax.Array, lengths: jax.Array, sink_slots: int
+) -> jax.Array:
+    """The ring caches of all layers with their new tokens in the slots of `attend_cached`.
+
+    It is done once for all layers, and not in each, so that a loop over layers does not write whole caches anew.
+
+    Args:
+      cache: [Y, B, S + W, Hkv, D], keys or values.
+      new: [Y, B, L, Hkv, D], of which `lengths` [B] are real; `position` [B] tokens came before.
+      sink_slots: S.
+
+    Returns:
+      The shape and dtype of `cache`.
+    """
+    ring = cache.shape[2] - sink_slots
+
+    def local(cache, new, position, lengths):
+        offsets = jnp.arange(new.shape[2], dtype=jnp.int32)
+        p = position[:, None] + offsets  # [B, L]
+        keep = (offsets < lengths[:, None]) & ((p >= (position + lengths)[:, None] - ring) | (p < sink_slots))
+        slot = jnp.where(p < sink_slots, p, sink_slots + (p - sink_slots) % ring)
+        slot = jnp.where(keep, slot, sink_slots + ring)  # out of bounds: dropped
+        rows = jnp.arange(slot.shape[0])[:, None]
+        return cache.at[:, rows, slot].set(new.astype(cache.dtype), mode="drop")
+
+    tokens, rows = PartitionSpec(None, "rows", None, "heads"), PartitionSpec("rows")
+    where, arguments = (tokens, tokens, rows, rows), (cache, new, position, lengths)
+    return sharding.over_rows_and_heads(local, arguments, where, tokens, cache.shape[1], cache.shape[3])
+
+
+def delayed(
+    x: jax.Array,
+    lag: jax.Array | int,
+    waiting: jax.Array | None = None,
+    position: jax.Array | None = None,
+    segment_ids: jax.Array | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """x[t - lag] at every token t.
+
+    Args:
+      x: [B, L, F].
+      lag: not negative; with `waiting` its R.
+      waiting: [B, R, F], the last R tokens before x, token p in slot p % R; None for the start of a sequence.
+      position: int32 [B], tokens before x; with `waiting` only.
+      segment_ids: int32 [B, L] of packed documents; without `waiting` only.
+
+    Returns:
+      [B, L, F], and bool [B, L]: whether there is such a token, and it is of the same document. Elsewhere the first is
+      arbitrary but finite.
+    """
+    steps = jnp.arange(x.shape[1], dtype=jnp.int32)
+    if waiting is None:
+        there = jnp.broadcast_to(steps >= lag, x.shape[:2])
+        if segment_ids is not None:
+            there &= _later(segment_ids[..., None], lag)[..., 0] == segment_ids
+        return _later(x, lag), there
+    assert position is not None
+    slots_held = waiting.shape[1]
+    came = position[:, None] + steps - lag  # [B, L]
+    index = jnp.where(steps < lag, came % slots_held, slots_held + steps - lag)
+    source = waiting if x.shape[1] <= slots_held else jnp.concatenate([waiting, x.astype(waiting.dtype)], axis=1)
+    return jnp.take_along_axis(source, index[..., None], axis=1).astype(x.dtype), came >= 0
+
+
+def _later(x: jax.Array, lag: jax.Array | int) -> jax.Array:
+    """x [B, L, F] moved by `lag` tokens to the right, zeros before it."""
+    length = x.shape[1]
+    padded = jnp.pad(x, ((0, 0), (length, 0), (0, 0)))
+    return jax.lax.dynamic_slice_in_dim(padded, length - jnp.minimum(lag, length), length, axis=1)
+
+
+def causal_conv(
+    x: jax.Array, kernel: jax.Array, tail: jax.Array | None, segment_ids: jax.Array | None = None
+) -> jax.Array:
+    """Depthwise causal convolution: y[t] = sum_j kernel[K - 1 - j] * x[t - j].
+
+    Args:
+      x: [B, L, F]; kernel: [K, F].
+      tail: [B, K - 1, F], the K - 1 inputs before this call; None for the start of a sequence (zeros).
+      segment_ids: int32 [B, L]; taps in another document count as zero.
+
+    Returns:
+      [B, L, F] in x's dtype.
+    """
+    taps, length = kernel.shape[0], x.shape[1]
+    if tail is None:
+        tail = jnp.zeros((x.shape[0], taps - 1, x.shape[2]), x.dtype)
+
+    def conv(x, kernel, tail, segment_ids):
+        padded = jnp.concatenate([tail.astype(x.dtype), x], axis=1)
+        y = jnp.zeros(x.shape, jnp.float32)
+        for back in range(taps):
+            shifted = padded[:, taps - 1 - back : taps - 1 - back + length]
+            if segment_ids is not None and back:
+                before = jnp.pad(segment_ids, ((0, 0), (back, 0)), constant_values=-1)[:, :length]
+                shifted = jnp.where((before == segment_ids)[..., None], shifted, 0)
+            y = y + shifted.astype(jnp.float32) * per_channel(kernel[taps - 1 - back], x)
+        return y.astype(x.dtype)
+
+    return recomputed(conv)(x, kernel, tail, segment_ids)
+
+
+def conv_tail(x: jax.Array, tail: jax.Array, lengths: jax.Array) -> jax.Array:
+    """The last K - 1 real inputs of each row, [B, K - 1, F], after `lengths` [B] more of x [B, L, F]."""
+    padded = jnp.concatenate([tail, x.astype(tail.dtype)], axis=1)
+    index = lengths[:, None] + jnp.arange(tail.shape[1], dtype=jnp.int32)
+    return jnp.take_along_axis(padded, index[..., None], axis=1)
+
+
+def remember(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    lr: jax.Array,
+    momentum: jax.Array,
+    init: pallas_kernels.FastWeights,
+    state: pallas_kernels.MemoryState | None,
+    *,
+    chunk: int,
+    valid: jax.Array | None,
+    reset: jax.Array | None,
+    read_out: str = "full",
+) -> tuple[jax.Array, pallas_kernels.MemoryState]:
+    """The memory's read-outs [B, L, N, D] and its state afterwards; see `pallas_kernels.ttt_memory`.
+
+    Under a mesh every device computes its own rows and heads; see `sharding.over_rows_and_heads`.
+    """
+
+    def kernel(q, k, v, lr, momentum, init, state, valid, reset):
+        options = dict(chunk_size=chunk, valid=valid, reset=reset, read_out=read_out)
+        return pallas_kernels.ttt_memory(q, k, v, lr, momentum, init, state, **options)
+
+    tokens, rows, row_heads = (
+        PartitionSpec("rows", None, "heads"),
+        PartitionSpec("rows"),
+        PartitionSpec("rows", "heads"),
+    )
+    after = pallas_kernels.MemoryState._make((row_heads, row_heads, row_heads, row_heads, rows))
+    before = None if state is None else after
+    where = (tokens, tokens, tokens, tokens, tokens, PartitionSpec("heads"), before, rows, rows)
+    per_token = (sharding.over_tokens(x, heads=True) for x in (q, k, v, lr, momentum))
+    arguments = (*per_token, init, state, valid, reset)
+    out, state = sharding.over_rows_and_heads(kernel, arguments, where, (tokens, after), q.shape[0], q.shape[2])
+    return sharding.over_tokens(out, heads=True), state
+
+
+def start_memory(
+    state: pallas_kernels.MemoryState, init: pallas_kernels.FastWeights, fresh: jax.Array
+) -> pallas_kernels.MemoryState:
+    """`state` with the rows of bool `fresh` [B], those that have seen no token yet, set to the initial weights."""
+    first = pallas_kernels.init_memory_state(init, fresh.shape[0])
+
+    def choose(new: jax.Array, old: jax.Array) -> jax.Array:
+        return jnp.where(fresh.reshape((-1,) + (1,) * (old.ndim - 1)), new, old)
+
+    return jax.tree.map(choose, first, state)

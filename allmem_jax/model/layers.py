@@ -1,0 +1,224 @@
+"""The Linen modules that a decoder layer is made of: projections, norms, convolution, attention, MLP.
+
+Parameters are plain arrays (no partitioning boxes), so the modules also live inside `nnx.bridge` hosts; what mesh axis
+each goes to is decided from its path (`allmem_jax.model.sharding`). Kernels are [in, out]. State is an argument and a
+result.
+
+    B batch    L tokens    d model    Hq, Hkv attention heads    D head dimension    N memory heads    H fast hidden
+"""
+
+import itertools
+import math
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from allmem_jax.model import config as config_lib
+from allmem_jax.model import functional
+
+Rope = tuple[jax.Array, jax.Array]
+FLOOR = 1e-6  # of the norm of a read-out that is small where little was written, until it is fitted
+
+
+class Shared(NamedTuple):
+    """What every layer of one call sees alike.
+
+    Attributes:
+      rope, local_rope: tables of the global and of the local layers; the same object where there are no local ones.
+      window, sinks: ints or int32 scalars; window None is no window (the original attention).
+      segment_ids: int32 [B, L] of packed documents, or None.
+      reset: bool [B, L], first tokens of documents, or None.
+      position, lengths: int32 [B] when decoding with a state, else None.
+    """
+
+    rope: Rope
+    local_rope: Rope
+    window: jax.Array | int | None
+    sinks: jax.Array | int
+    segment_ids: jax.Array | None = None
+    reset: jax.Array | None = None
+    position: Any = None
+    lengths: Any = None
+
+
+class LayerState(NamedTuple):
+    """One layer's part of `DecodeState`: keys, values [B, S + W, Hkv, D], conv [B, K - 1, F] and the memory's.
+
+    What a layer returns has the new tokens' keys and values [B, L, Hkv, D], and what waits of them [B, L, F'], instead;
+    the model writes them.
+    """
+
+    keys: jax.Array
+    values: jax.Array
+    conv: Any
+    memory: Any
+    waiting: Any = None
+
+
+class Linear(nn.Module):
+    """x [..., in] @ kernel [in, out] + bias."""
+
+    features: int
+    use_bias: bool = False
+    kernel_init: Any = nn.initializers.lecun_normal()
+    bias_init: Any = nn.initializers.zeros
+
+    @nn.compact
+    def __call__(self, x: jax.Array, scale: jax.Array | None = None) -> jax.Array:
+        """Returns [..., out] in x's dtype, with the kernel's columns times `scale` [out]."""
+        kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features))
+        bias = self.param("bias", self.bias_init, (self.features,)) if self.use_bias else None
+        return functional.linear(x, kernel, bias, scale)
+
+
+class Head(nn.Module):
+    """Hidden states [..., d] to float32 logits [..., V] with a kernel of its own, where embeddings are not tied."""
+
+    features: int
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Returns float32 [..., V]."""
+        kernel = self.param("kernel", nn.initializers.normal(0.02), (x.shape[-1], self.features))
+        return functional.logits(x, kernel)
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * (offset + scale) over the last axis, rescaled to `norm` afterwards unless that is None."""
+
+    eps: float
+    offset: float = 0.0
+    norm: float | None = None
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Returns x's shape and dtype."""
+        start = nn.initializers.constant(1.0 - self.offset)
+        scale = self.param("scale", start, (x.shape[-1],))
+        return functional.rms_norm(x, scale, self.eps, self.offset, self.norm)
+
+
+class FlooredNorm(nn.Module):
+    """x / sqrt(mean(x^2) + floor^2) * scale over the last axis, with a floor for each head on the axis before."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """x [..., N, D] -> its shape and dtype."""
+        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
+        log_floor = self.param("log_floor", nn.initializers.constant(math.log(FLOOR)), (x.shape[-2],))
+        floor = jnp.exp(functional.per_channel(log_floor, x[..., 0]))
+        return functional.rms_norm(x, scale, jnp.square(floor)[..., None])
+
+
+class CausalConv(nn.Module):
+    """The kernel of a causal depthwise convolution."""
+
+    taps: int
+
+    @nn.compact
+    def __call__(self, x: jax.Array, tail: jax.Array | None, segment_ids: jax.Array | None) -> jax.Array:
+        """x [B, L, F], tail [B, K - 1, F] or None -> [B, L, F]."""
+        init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+        kernel = self.param("kernel", init, (self.taps, x.shape[-1]))
+        return functional.causal_conv(x, kernel, tail, segment_ids)
+
+
+class Attention(nn.Module):
+    """The pretrained attention, restricted to a window and sinks. Its weights stay frozen when a model is converted."""
+
+    config: config_lib.ModelConfig
+
+    @nn.compact
+    def __call__(
+        self, x: jax.Array, is_local: jax.Array, state: LayerState | None, shared: Shared
+    ) -> tuple[jax.Array, Rope | None]:
+        """x [B, L, d], is_local bool [] -> [B, L, d] and the new keys and values [B, L, Hkv, D], None without state."""
+        c = self.config
+        scale = c.head_dim**-0.5 if c.query_scale is None else c.query_scale
+
+        def heads(name: str, count: int) -> jax.Array:
+            projected = Linear(count * c.head_dim, c.qkv_bias, name=f"{name}_proj")(x)
+            return projected.reshape(*x.shape[:2], count, c.head_dim)
+
+        q, k, v = heads("q", c.n_heads), heads("k", c.n_kv_heads), heads("v", c.n_kv_heads)
+        if c.qk_norm:
+            q = RMSNorm(c.norm_eps, c.norm_offset, name="q_norm")(q)
+            k = RMSNorm(c.norm_eps, c.norm_offset, name="k_norm")(k)
+        rope, window, sinks = shared.rope, shared.window, shared.sinks
+        if window is None:
+            window, sinks = x.shape[1], 0
+        if any(c.local_layers):
+            assert c.local_window is not None
+            rope = jax.tree.map(lambda local, other: jnp.where(is_local, local, other), shared.local_rope, rope)
+            window = jnp.where(is_local, jnp.minimum(window, c.local_window), window)
+            sinks = jnp.where(is_local, 0, sinks)
+        q, k = functional.apply_rope(q, rope), functional.apply_rope(k, rope)
+        new = None
+        if state is None:
+            out = functional.attend(q, k, v, window=window, sinks=sinks, segment_ids=shared.segment_ids, scale=scale)
+        else:
+            out = functional.attend_cached(
+                q,
+                k,
+                v,
+                (state.keys, state.values),
+                shared.position,
+                shared.lengths,
+                sink_slots=c.sinks,
+                window=window,
+                sinks=sinks,
+                scale=scale,
+            )
+            new = k, v
+        return Linear(c.d_model, c.o_bias, name="o_proj")(out.reshape(*x.shape[:2], -1)), new
+
+
+def convolved(
+    c: config_lib.ModelConfig, x: jax.Array, state: LayerState | None, shared: Shared, /, **widths: int
+) -> tuple[list[jax.Array], jax.Array | None]:
+    """Projections of x [B, L, d], by name and width, each behind its causal convolution; and the tail after them.
+
+    To be called in a module: it owns the parameters NAME_proj and NAME_conv.
+    """
+    raw = [Linear(width, name=f"{name}_proj")(x) for name, width in widths.items()]
+    tails: Any = (None,) * len(raw)
+    if state is not None:
+        tails = jnp.split(state.conv, list(itertools.accumulate(widths.values()))[:-1], axis=-1)
+    out = [
+        CausalConv(c.conv_kernel, name=f"{name}_conv")(part, tail, shared.segment_ids)
+        for name, part, tail in zip(widths, raw, tails, strict=True)
+    ]
+    if state is None:
+        return out, None
+    return out, functional.conv_tail(jnp.concatenate(raw, axis=-1), state.conv, shared.lengths)
+
+
+def projected(module: Any, out: jax.Array) -> jax.Array:
+    """What a memory read, [B, L, N D], as its part of the layer's sum, [B, L, d]: projected and scaled by alpha.
+
+    To be called in the module that owns the parameters out_proj and alpha.
+    """
+    c = module.config
+    alpha = module.param("alpha", nn.initializers.constant(c.alpha_init), (c.d_model,))
+    return Linear(c.d_model, name="out_proj")(out, alpha)
+
+
+def real_tokens(x: jax.Array, shared: Shared) -> jax.Array | None:
+    """bool [B, L], which of the tokens of x [B, L, d] are not padding; None where no one counts (no state)."""
+    return None if shared.lengths is None else jnp.arange(x.shape[1]) < shared.lengths[:, None]
+
+
+class Mlp(nn.Module):
+    """The gated MLP of every supported family: down(act(gate x) * up x)."""
+
+    config: config_lib.ModelConfig
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[B, L, d] -> [B, L, d]."""
+        c = self.config
+        gate = Linear(c.d_ff, c.mlp_bias, name="gate_proj")(x)
+        up = Linear(c.d_ff, c.mlp_bias, name="up_proj")(x)
+        return Linear(c.d_model, c.mlp_bias, name="down_proj")(functional.gated(gate, up, c.activation))

@@ -1,0 +1,176 @@
+"""The language model: embedding, scanned decoder layers, head; and how its parameters split into backbone and memory.
+
+B batch    L tokens    d model    V vocabulary    Y layers
+"""
+
+from typing import Any
+
+import flax.linen as nn
+import flax.traverse_util
+import jax
+import jax.numpy as jnp
+
+from allmem_jax.model import config as config_lib
+from allmem_jax.model import decoder, functional, layers, sharding
+from allmem_jax.model import state as state_lib
+
+Params = dict[str, Any]
+
+
+class AllMemLM(nn.Module):
+    """A decoder language model with the config's mixer (`config.MIXERS`); "full" is the original.
+
+    The teacher of a converted model is this module with `config.replace(mixer="full")`, applied to the same backbone
+    arrays; parameters of the memory that come along are ignored by the mixers without one.
+    """
+
+    config: config_lib.ModelConfig
+
+    @nn.compact
+    def __call__(
+        self,
+        tokens: jax.Array,
+        *,
+        lengths: jax.Array | None = None,
+        segment_ids: jax.Array | None = None,
+        state: state_lib.DecodeState | None = None,
+        window: jax.Array | int | None = None,
+        sinks: jax.Array | int | None = None,
+        return_hidden: bool = False,
+    ) -> Any:
+        """Logits of the next token at every position.
+
+        Args:
+          tokens: int32 [B, L].
+          lengths: int32 [B], how many of each row's tokens are real, the rest being padding on the right. It matters
+            with a state only: without one, no real token can see the padding.
+          segment_ids: int32 [B, L], packed documents numbered from 1, 0 for padding. A new document starts from the
+            initial weights of the memory and sees no key of another. Not together with `state`.
+          state: what came before these tokens, from `init_state` or an earlier call, of this config's window, sinks and
+            memory.
+          window, sinks: replace the config's, and may be traced; not together with `state`.
+          return_hidden: the final normalised hidden states [B, L, d] instead of logits.
+
+        Returns:
+          float32 [B, L, V] (or the hidden states); with `state`, a pair of that and the state afterwards.
+        """
+        c = self.config
+        if state is not None and not (segment_ids is None and window is None and sinks is None):
+            raise ValueError("segment_ids, window and sinks cannot be given together with state")
+        if c.mixer == "full" and not (state is None and window is None and sinks is None):
+            raise ValueError("mixer='full' has neither state, window nor sinks; use mixer='swa' with a wide window")
+        if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
+            raise ValueError(f"tokens must be integers [B, L]; got {tokens.dtype} {list(tokens.shape)}")
+        if state is not None:
+            state_lib.check_state(c, tokens.shape[0], state)
+        embed = nn.Embed(c.vocab_size, c.d_model, embedding_init=nn.initializers.normal(0.02), name="embed")
+        table = embed.embedding
+        x = jnp.take(sharding.whole_rows(table), tokens, axis=0).astype(c.dtype) * jnp.asarray(c.embed_scale, c.dtype)
+        x = x if state is not None else sharding.over_tokens(x)
+        shared = self._shared(tokens, lengths, segment_ids, state, window, sinks)
+        local = jnp.asarray(c.local_layers or (False,) * c.n_layers)
+        past = (
+            None
+            if state is None
+            else layers.LayerState(state.keys, state.values, state.conv, state.memory, state.waiting)
+        )
+        stack = nn.scan(
+            _rematerialised(c.remat),
+            variable_axes={"params": 0, "intermediates": 0},
+            split_rngs={"params": True},
+            in_axes=(0, nn.broadcast),
+            length=c.n_layers,
+        )
+        after: Any
+        x, after = stack(c, name="layers")(x, (local, past), shared)
+        x = layers.RMSNorm(c.norm_eps, c.norm_offset, name="final_norm")(x)
+        result = x
+        if not return_hidden:
+            result = functional.logits(x, table.T) if c.tie_embeddings else layers.Head(c.vocab_size, name="lm_head")(x)
+        if state is None:
+            return result
+        where = (state.position, shared.lengths, c.sinks)
+        keys = functional.write_cache(state.keys, after.keys, *where)
+        values = functional.write_cache(state.values, after.values, *where)
+        waiting = None
+        if state.waiting is not None:  # as a cache with no sinks and one head
+            ring, new = state.waiting[..., None, :], after.waiting[..., None, :]
+            waiting = functional.write_cache(ring, new, state.position, shared.lengths, 0)[..., 0, :]
+        position = state.position + shared.lengths
+        return result, state_lib.DecodeState(position, keys, values, after.conv, after.memory, waiting, c.sinks)
+
+    def _shared(self, tokens, lengths, segment_ids, state, window, sinks) -> layers.Shared:
+        """Positions, rotary tables and masks that all layers use."""
+        c = self.config
+        offsets = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
+        position = reset = None
+        if state is not None:
+            position = state.position
+            lengths = jnp.full(tokens.shape[:1], tokens.shape[1], jnp.int32) if lengths is None else lengths
+            lengths = lengths.astype(jnp.int32)
+            offsets = offsets + position[:, None]
+        elif segment_ids is not None:
+            offsets, reset = functional.document_offsets(segment_ids)
+        rope = functional.rope_table(offsets, *functional.rope_frequencies(c.head_dim, c.rope_theta, c.rope_scaling))
+        local_rope = rope
+        if any(c.local_layers):
+            theta = c.rope_theta if c.local_rope_theta is None else c.local_rope_theta
+            local_rope = functional.rope_table(offsets, *functional.rope_frequencies(c.head_dim, theta))
+        full = c.mixer == "full"
+        return layers.Shared(
+            rope=rope,
+            local_rope=local_rope,
+            window=None if full else c.window if window is None else window,
+            sinks=0 if full else c.sinks if sinks is None else sinks,
+            segment_ids=segment_ids,
+            reset=reset,
+            position=position,
+            lengths=lengths if state is not None else None,
+        )
+
+
+def _rematerialised(policy: str) -> Any:
+    """The decoder layer, saving for its backward pass what `ModelConfig.remat` says."""
+    if policy == "none":
+        return decoder.DecoderLayer
+    saved = {"layer": None, "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}[policy]
+    return nn.remat(decoder.DecoderLayer, prevent_cse=False, policy=saved)
+
+
+def head_kernel(params: Params, config: config_lib.ModelConfig) -> jax.Array:
+    """The output head [d, V]: the transposed embedding where the config ties them."""
+    return params["embed"]["embedding"].T if config.tie_embeddings else params["lm_head"]["kernel"]
+
+
+def random_params(config: config_lib.ModelConfig, seed: int = 0) -> Params:
+    """Random parameters of the whole model, float32: traced, for a caller that says where they are to lie."""
+    return AllMemLM(config).init(jax.random.key(seed), jnp.zeros((1, 1), jnp.int32))["params"]
+
+
+def init_params(config: config_lib.ModelConfig, seed: int = 0) -> Params:
+    """Random parameters of the whole model, float32."""
+    return jax.jit(random_params, static_argnums=(0, 1))(config, seed)
+
+
+def init_memory(config: config_lib.ModelConfig, seed: int = 0) -> Params:
+    """Random parameters of the memory alone, {"layers": {"memory": ...}}: what conversion adds to a backbone.
+
+    It is the memory of the config's mixer, and that of "allmem" where the mixer has none.
+    """
+    tokens = jnp.zeros((1, 1), jnp.int32)
+    config = config.replace(mixer=config.memory_mixer)
+    return jax.jit(lambda key: split_params(AllMemLM(config).init(key, tokens)["params"])[1])(jax.random.key(seed))
+
+
+def split_params(params: Params) -> tuple[Params, Params]:
+    """(backbone, memory): the frozen parameters, and those that distillation trains."""
+    flat = flax.traverse_util.flatten_dict(params)
+    memory = {path: leaf for path, leaf in flat.items() if path[:2] == ("layers", "memory")}
+    backbone = {path: leaf for path, leaf in flat.items() if path not in memory}
+    return flax.traverse_util.unflatten_dict(backbone), flax.traverse_util.unflatten_dict(memory)
+
+
+def merge_params(backbone: Params, memory: Params) -> Params:
+    """The inverse of `split_params`; copies no array."""
+    flat = flax.traverse_util.flatten_dict(backbone) | flax.traverse_util.flatten_dict(memory)
+    return flax.traverse_util.unflatten_dict(flat)

