@@ -401,7 +401,7 @@ def test_gguf_needs_no_torch(smollm2_path):
     """The demo installs no torch: nothing on the way from a GGUF file to parameters may want it."""
     code = (
         "import sys; sys.modules['torch'] = None; sys.modules['accelerate'] = None\n"
-        "from allmem_jax import convert\n"
+        "from allmem_jax.checkpoints import convert\n"
         f"config, params, tokenizer = convert.load_pretrained({str(smollm2_path)!r}, window=128, chunk=64)\n"
         "text = 'Hello world, it is 12345.\\n\\n  def f(x):'\n"
         "assert tokenizer.decode(tokenizer(text).input_ids) == text\n"
