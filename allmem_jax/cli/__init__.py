@@ -129,7 +129,8 @@ def convert(
     if stores.taken(out) and not overwrite:
         raise FileExistsError(f"{out} exists: give another folder, or add --overwrite to replace it")
     stores.check_writable(out)
-    from allmem_jax.checkpoints import convert as convert_lib
+    from allmem_jax.checkpoints import load as load_lib
+    from allmem_jax.checkpoints import save as save_lib
     from allmem_jax.evaluation import cost
     from allmem_jax.model import lm as model_lib
 
@@ -141,7 +142,7 @@ def convert(
         shape, start = dict(read_out="difference", delay=True) | shape, start or "attention"
     elif shape or start:
         raise ValueError(f"memory={memory}: a trained memory is as it is; leave out {', '.join(shape) or 'start'}")
-    config, params, tokenizer = convert_lib.load_pretrained(model, dtype=dtype, memory=memory, **shape, **sizes)
+    config, params, tokenizer = load_lib.load_pretrained(model, dtype=dtype, memory=memory, **shape, **sizes)
     config = config.replace(mixer=config.memory_mixer)
     backbone, added = model_lib.split_params(params)
     if start == "attention":
@@ -150,7 +151,7 @@ def convert(
         added = model_lib.init_memory(config, seed)
     params = model_lib.merge_params(backbone, added)
     _say(f"writing {out}")
-    convert_lib.save_pretrained(out, config, params, tokenizer, overwrite=overwrite)
+    save_lib.save_pretrained(out, config, params, tokenizer, overwrite=overwrite)
     groups = cost.parameter_groups(config)
     print(
         f"{out}: {groups['memory'] / 1e6:.1f} M parameters of memory added, {cost.added_share(config):.1%} of the model"
@@ -398,11 +399,11 @@ def info(
         n_mem: Heads of the memory.
         dtype: Of keys, values and activations.
     """
-    from allmem_jax.checkpoints import convert as convert_lib
+    from allmem_jax.checkpoints import load as load_lib
     from allmem_jax.evaluation import cost
 
     given = dict(window=window, sinks=sinks, chunk=chunk, n_mem=n_mem)
-    config = convert_lib.read_config(model).replace(dtype=dtype, **_set(given))
+    config = load_lib.read_config(model).replace(dtype=dtype, **_set(given))
     config = config.replace(mixer=config.memory_mixer)
     groups = cost.parameter_groups(config)
     state = cost.state_bytes(config, context)
@@ -450,7 +451,7 @@ def cost(
         out: Folder to write the figures to, as JSON.
         measure: Measure times as well; takes a few minutes.
     """
-    from allmem_jax.checkpoints import convert as convert_lib
+    from allmem_jax.checkpoints import load as load_lib
     from allmem_jax.evaluation import cost as cost_lib
     from allmem_jax.evaluation import latency
     from allmem_jax.reporting import sections
@@ -460,7 +461,7 @@ def cost(
     if out is not None:
         _check_folder(out)
     command = sections.command("cost", *models, context=context, windows=windows, out=out, measure=measure)
-    configs = {name: convert_lib.read_config(name).replace(dtype="bfloat16") for name in models}
+    configs = {name: load_lib.read_config(name).replace(dtype="bfloat16") for name in models}
     made = [cost_lib.section(configs, windows=windows, context=context)]
     if measure:
         name, config = next(iter(configs.items()))
@@ -650,13 +651,10 @@ def _lm_eval(arguments: list[str]) -> int:
 
 def _load(model: pathlib.Path, mixing: Mixing) -> tuple[Any, Any, Any]:
     """Config, parameters and tokenizer as `mixing` asks for; a memory that is asked for and missing is made."""
-    from allmem_jax.checkpoints import convert as convert_lib
+    from allmem_jax.checkpoints import load as load_lib
 
     _say(f"reading {model}")
-    config, params, tokenizer = convert_lib.load_pretrained(model, **_set(vars(mixing)))
-    if tokenizer is None:
-        raise ValueError(f"{model} has no tokenizer: copy the original model's tokenizer.json into it")
-    return config, params, tokenizer
+    return load_lib.load_with_tokenizer(model, **_set(vars(mixing)))
 
 
 def _fingerprint(model: pathlib.Path, mixing: Mixing) -> str:
