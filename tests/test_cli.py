@@ -222,7 +222,7 @@ def test_thinking_and_chat_templates(converted, tmp_path, capsys, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(chat, "Conversation", conversation)
         fails(capsys, "generate", converted, "hi", "--chat", "--thinking", "off", "--stop", "a")
-    assert seen == [{"stop": ("a",), "thinking": False}]
+    assert [(given["stop"], given["thinking"]) for given in seen] == [(("a",), False)]
     other = tmp_path / "strict"
     shutil.copytree(converted, other)
     for template, message in (("{{ raise_exception('no system role') }}", "no system role"), ("{% for %}", "Syntax")):
@@ -316,7 +316,7 @@ def test_a_reader_that_leaves_and_ctrl_c_end_quietly(converted, monkeypatch, cap
     for error, code in ((BrokenPipeError, 141), (KeyboardInterrupt, 130)):
         with monkeypatch.context() as patch:
             patch.setattr(sys, "stdout", sys.stdout)  # which the command may drop
-            patch.setattr(cli, "_print_stream", lambda _, error=error: (_ for _ in ()).throw(error()))
+            patch.setattr(cli.terminal, "print_stream", lambda _, error=error: (_ for _ in ()).throw(error()))
             assert cli.main(["generate", str(converted), "the", "--max-tokens", "1"]) == code
         assert "error" not in capsys.readouterr().err
 

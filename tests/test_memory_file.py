@@ -105,7 +105,7 @@ def test_answers_are_kept_apart_by_memory(plain, saved, tmp_path):
     other = tmp_path / "other.safetensors"
     memory_file.save(other, config, memory, "another card")
     names = [None, str(path), str(other)]
-    assert len({cli._fingerprint(plain, cli.Mixing(memory=name)) for name in names}) == 3
+    assert len({cli.options.fingerprint(plain, cli.options.Mixing(memory=name)) for name in names}) == 3
 
 
 def test_what_comes_with_the_package_says_what_it_is():

@@ -480,7 +480,7 @@ def test_the_recorded_command_asks_for_the_same(monkeypatch):
     assert (
         recall.Settings(**{field.name: asked[field.name] for field in dataclasses.fields(recall.Settings)}) == settings
     )
-    assert asked["mixing"] == cli.Mixing(None, "swa", 40, 3, 10, "bfloat16")
+    assert asked["mixing"] == cli.options.Mixing(40, 3, 10, None, "swa", "bfloat16")
     assert cli.main(shlex.split(recall.command(paths[0], (), None, settings, config))[1:]) == 0
     assert asked["texts"] == () and asked["questions"] is None and asked["out"] == pathlib.Path("out/recall")
 
