@@ -75,18 +75,10 @@ def _gguf_rules(rotary: str, norm: str) -> tuple[Rule, ...]:
     )
 
 
-HF_RULES = {
-    "llama": _HF_LLAMA,
-    "mistral": _HF_LLAMA,
-    "qwen2": _HF_LLAMA,
-    "qwen3": _HF_LLAMA,
-    "gemma3_text": _HF_GEMMA,
-}
+HF_RULES = dict.fromkeys(("llama", "mistral", "qwen2", "qwen3"), _HF_LLAMA) | {"gemma3_text": _HF_GEMMA}
 GGUF_RULES = {
-    "llama": _gguf_rules("unpermute", ""),
-    "mistral": _gguf_rules("unpermute", ""),
-    "qwen2": _gguf_rules("transpose", ""),
-    "qwen3": _gguf_rules("transpose", ""),
+    **dict.fromkeys(("llama", "mistral"), _gguf_rules("unpermute", "")),
+    **dict.fromkeys(("qwen2", "qwen3"), _gguf_rules("transpose", "")),
     "gemma3_text": _gguf_rules("transpose", "minus_one"),
 }
 # Tensors that belong to no parameter: rotary tables that old files hold, and the vision half of multimodal Gemma 3.

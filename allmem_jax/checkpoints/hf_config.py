@@ -9,14 +9,19 @@ from allmem_jax.model import config as config_lib
 
 _MOST_LAYERS = 10_000  # more is taken for damage, before anything is sized by it
 _ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
+_SCALING = {  # what a rotary scaling of each kind says, beside its original length; `RopeScaling` has the same names
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+    "yarn": ("factor", "beta_fast", "beta_slow", "attention_factor"),
+}
 # Defaults of the Hugging Face config classes, for the fields that published files leave out.
-_LLAMA_DEFAULTS = dict(rms_norm_eps=1e-6, hidden_act="silu", tie_word_embeddings=False, max_position_embeddings=2048)
+_LLAMA = dict(rms_norm_eps=1e-6, hidden_act="silu", tie_word_embeddings=False, max_position_embeddings=2048)
+_QWEN = _LLAMA | dict(sliding_window=4096, max_window_layers=28, max_position_embeddings=32768)
 _HF_DEFAULTS: dict[str, dict[str, Any]] = {
-    "llama": _LLAMA_DEFAULTS,
-    "mistral": _LLAMA_DEFAULTS | dict(sliding_window=4096, max_position_embeddings=131072, num_key_value_heads=8),
-    "qwen2": _LLAMA_DEFAULTS | dict(sliding_window=4096, max_window_layers=28, max_position_embeddings=32768),
-    "qwen3": _LLAMA_DEFAULTS
-    | dict(sliding_window=4096, max_window_layers=28, max_position_embeddings=32768, head_dim=128),
+    "llama": _LLAMA,
+    "mistral": _LLAMA | dict(sliding_window=4096, max_position_embeddings=131072, num_key_value_heads=8),
+    "qwen2": _QWEN,
+    "qwen3": _QWEN | dict(head_dim=128),
     "gemma3_text": dict(
         rms_norm_eps=1e-6,
         hidden_activation="gelu_pytorch_tanh",
@@ -167,34 +172,24 @@ def _rope_from_hf(raw: Mapping[str, Any]) -> tuple[float, config_lib.RopeScaling
 
 def _scaling_from_hf(rope: Mapping[str, Any], max_length: int) -> config_lib.RopeScaling | None:
     kind = rope.get("rope_type") or rope.get("type") or "default"
-    if kind not in ("default", "linear", "llama3", "yarn"):
-        raise ValueError(f"rope_type={fields.shown(kind)} is not supported; supported: default, linear, llama3, yarn")
     if kind == "default":
         return None
-    wanted = {"linear": ("factor",), "llama3": ("factor", "low_freq_factor", "high_freq_factor"), "yarn": ()}[kind]
-    if missing := [name for name in wanted if name not in rope]:
+    if kind not in _SCALING:
+        supported = ", ".join(("default", *_SCALING))
+        raise ValueError(f"rope_type={fields.shown(kind)} is not supported; supported: {supported}")
+    if kind != "yarn" and (missing := [name for name in _SCALING[kind] if name not in rope]):
         raise ValueError(f"rope_type={kind!r} lacks {', '.join(map(repr, missing))}")
-    original = rope.get("original_max_position_embeddings") or max_length
-    factor = float(rope.get("factor") or max_length / original)
-    if kind == "linear":
-        return config_lib.RopeScaling(kind, factor)
-    if kind == "llama3":
-        low, high = float(rope["low_freq_factor"]), float(rope["high_freq_factor"])
-        return config_lib.RopeScaling(kind, factor, original, low, high)
-    if rope.get("truncate", True) is not True:
+    if kind == "yarn" and rope.get("truncate", True) is not True:
         raise ValueError("rope_type='yarn' with truncate=false is not supported")
-    attention = rope.get("attention_factor")
+    original = rope.get("original_max_position_embeddings") or max_length
+    given: dict[str, Any] = {name: float(rope[name]) for name in _SCALING[kind] if rope.get(name)}
+    factor = given.setdefault("factor", max_length / max(original, 1))
     mscale, mscale_all = rope.get("mscale"), rope.get("mscale_all_dim")
-    if attention is None and mscale and mscale_all:
-        attention = yarn_factor(factor, mscale) / yarn_factor(factor, mscale_all)
-    return config_lib.RopeScaling(
-        kind,
-        factor,
-        original,
-        beta_fast=float(rope.get("beta_fast") or 32),
-        beta_slow=float(rope.get("beta_slow") or 1),
-        attention_factor=None if attention is None else float(attention),
-    )
+    if kind == "yarn" and "attention_factor" not in given and mscale and mscale_all:
+        given["attention_factor"] = yarn_factor(factor, mscale) / yarn_factor(factor, mscale_all)
+    if kind != "linear":
+        given["original_length"] = original
+    return config_lib.RopeScaling(kind, **given)
 
 
 def yarn_factor(factor: float, scale: float = 1.0) -> float:
@@ -256,13 +251,7 @@ def to_hf(config: config_lib.ModelConfig) -> dict[str, Any]:
 def _scaling_to_hf(scaling: config_lib.RopeScaling | None) -> dict[str, Any] | None:
     if scaling is None:
         return None
-    raw: dict[str, Any] = {"rope_type": scaling.kind, "factor": scaling.factor}
+    values = {name: getattr(scaling, name) for name in _SCALING[scaling.kind]}
     if scaling.kind != "linear":
-        raw["original_max_position_embeddings"] = scaling.original_length
-    if scaling.kind == "llama3":
-        raw |= {"low_freq_factor": scaling.low_freq_factor, "high_freq_factor": scaling.high_freq_factor}
-    if scaling.kind == "yarn":
-        raw |= {"beta_fast": scaling.beta_fast, "beta_slow": scaling.beta_slow}
-        if scaling.attention_factor is not None:
-            raw["attention_factor"] = scaling.attention_factor
-    return raw
+        values["original_max_position_embeddings"] = scaling.original_length
+    return {"rope_type": scaling.kind} | {name: value for name, value in values.items() if value is not None}
