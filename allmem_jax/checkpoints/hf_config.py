@@ -8,6 +8,17 @@ from allmem_jax.checkpoints import families, fields
 from allmem_jax.model import config as config_lib
 
 _MOST_LAYERS = 10_000  # more is taken for damage, before anything is sized by it
+_SAME = {  # fields that differ in their names alone
+    "vocab_size": "vocab_size",
+    "hidden_size": "d_model",
+    "num_hidden_layers": "n_layers",
+    "num_attention_heads": "n_heads",
+    "num_key_value_heads": "n_kv_heads",
+    "head_dim": "head_dim",
+    "intermediate_size": "d_ff",
+    "rms_norm_eps": "norm_eps",
+    "max_position_embeddings": "max_length",
+}
 _ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
 _SCALING = {  # what a rotary scaling of each kind says, beside its original length; `RopeScaling` has the same names
     "linear": ("factor",),
@@ -68,37 +79,31 @@ def from_hf(raw: Mapping[str, Any]) -> config_lib.ModelConfig:
     if act not in _ACTIVATIONS:
         raise ValueError(f"hidden_act={fields.shown(act)} is not supported; supported: {', '.join(_ACTIVATIONS)}")
     bias = bool(raw.get("attention_bias", False)) and family != "mistral"
-    n_heads, n_layers = raw["num_attention_heads"], raw["num_hidden_layers"]
-    n_kv_heads = raw.get("num_key_value_heads", n_heads)
+    raw |= {
+        "num_key_value_heads": raw.get("num_key_value_heads", raw["num_attention_heads"]),
+        "head_dim": head_dim(raw),
+    }
     theta, scaling, local_theta = _rope_from_hf(raw)
     local_layers = _local_layers(raw, family)
+    own: dict[str, Any] = {}
+    if gemma:
+        own = dict(sandwich_norms=True, norm_offset=1.0, local_rope_theta=local_theta)
+        own |= dict(embed_scale=raw["hidden_size"] ** 0.5, query_scale=raw["query_pre_attn_scalar"] ** -0.5)
     return config_lib.ModelConfig(
+        **{ours: raw[name] for name, ours in _SAME.items()},
+        **own,
         family=family,
-        vocab_size=raw["vocab_size"],
-        d_model=raw["hidden_size"],
-        n_layers=n_layers,
-        n_heads=n_heads,
-        n_kv_heads=n_kv_heads,
-        head_dim=head_dim(raw),
-        d_ff=raw["intermediate_size"],
         rope_theta=theta,
         rope_scaling=scaling,
-        norm_eps=raw["rms_norm_eps"],
         tie_embeddings=bool(raw["tie_word_embeddings"]),
         qk_norm=family in ("qwen3", "gemma3_text"),
         qkv_bias=bias or family == "qwen2",
         o_bias=bias and family != "qwen2",
         mlp_bias=family == "llama" and bool(raw.get("mlp_bias", False)),
         activation=_ACTIVATIONS[act],
-        sandwich_norms=gemma,
-        norm_offset=1.0 if gemma else 0.0,
-        embed_scale=raw["hidden_size"] ** 0.5 if gemma else 1.0,
-        query_scale=raw["query_pre_attn_scalar"] ** -0.5 if gemma else None,
         local_layers=local_layers,
         local_window=raw["sliding_window"] if any(local_layers) else None,
-        local_rope_theta=local_theta if gemma else None,
-        max_length=raw["max_position_embeddings"],
-        n_mem=config_lib.default_n_mem(n_kv_heads),
+        n_mem=config_lib.default_n_mem(raw["num_key_value_heads"]),
     )
 
 
@@ -215,21 +220,12 @@ def to_hf(config: config_lib.ModelConfig) -> dict[str, Any]:
     raw: dict[str, Any] = {
         "architectures": [_HF_CLASSES[config.family]],
         "model_type": config.family,
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.d_model,
-        "num_hidden_layers": config.n_layers,
-        "num_attention_heads": config.n_heads,
-        "num_key_value_heads": config.n_kv_heads,
-        "head_dim": config.head_dim,
-        "intermediate_size": config.d_ff,
         "hidden_act": next(hf for hf, ours in _ACTIVATIONS.items() if ours == config.activation),
-        "rms_norm_eps": config.norm_eps,
         "tie_word_embeddings": config.tie_embeddings,
         "attention_bias": config.qkv_bias,
-        "max_position_embeddings": config.max_length,
         "rope_theta": config.rope_theta,
         "rope_scaling": _scaling_to_hf(config.rope_scaling),
-    }
+    } | {name: getattr(config, ours) for name, ours in _SAME.items()}
     if config.family == "llama":
         raw["mlp_bias"] = config.mlp_bias
     else:
