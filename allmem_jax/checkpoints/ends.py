@@ -12,12 +12,10 @@ from typing import Any
 import transformers
 
 # What the supported families, and models tuned from them, end a text or a turn with.
-TURN_ENDS = tuple(
-    """
+TURN_ENDS = """
     <|im_end|> <|eot_id|> <|eom_id|> <|end_of_text|> <|endoftext|> <end_of_turn> <|end|> </s> <eos> <EOT> [EOT] [EOS]
     <end_of_utterance> <\uff5cend\u2581of\u2581sentence\uff5c>
 """.split()
-)
 _GGUF_KEYS = tuple(f"tokenizer.ggml.{name}_token_id" for name in "eos eot eom fim_pad fim_rep fim_sep".split())
 _MARKER = "ANSWER"
 

@@ -75,9 +75,9 @@ def weight_files(folder: pathlib.Path) -> list[pathlib.Path]:
     return [folder / name for name in names]
 
 
-def stored(path: pathlib.Path, files: contextlib.ExitStack) -> list[weights.Stored]:
-    """The tensors of a safetensors file, which stays open until `files` closes."""
-    file = files.enter_context(open_safetensors(path))
+def stored(path: pathlib.Path) -> list[weights.Stored]:
+    """The tensors of a safetensors file, which stays open as long as they are there."""
+    file = open_safetensors(path)
     tensors = []
     for name in file.keys():  # noqa: SIM118 (not a dict)
         view = file.get_slice(name)
@@ -88,7 +88,7 @@ def stored(path: pathlib.Path, files: contextlib.ExitStack) -> list[weights.Stor
 
 
 def open_safetensors(path: pathlib.Path) -> Any:
-    """A context manager of an open safetensors file; ValueError where it is damaged."""
+    """An open safetensors file; ValueError where it is damaged."""
     try:
         return safetensors.safe_open(path, framework="np")
     except safetensors.SafetensorError as error:

@@ -3,7 +3,6 @@
 A path may be a URL, see `stores`. A config alone is read without weights, and may also be a preset's.
 """
 
-import contextlib
 import functools
 import os
 import pathlib
@@ -116,13 +115,11 @@ def _load_folder(path: pathlib.Path, overrides: dict[str, Any]) -> tuple[config_
             f"{path / layout.ALLMEM_WEIGHTS} is a memory for mixer={found.mixer!r}, not for mixer={config.mixer!r}: "
             "leave mixer as it is, or start from a model without a memory"
         )
-    with contextlib.ExitStack() as files:
-        stored = [tensor for file in layout.weight_files(path) for tensor in layout.stored(file, files)]
-        params = weights.backbone(path, config, stored, families.HF_RULES[config.family])
-        if remembers:
-            file = path / layout.ALLMEM_WEIGHTS
-            like = config.replace(mixer=found.mixer)
-            params["layers"]["memory"] = weights.memory(file, like, layout.stored(file, files))
+    stored = [tensor for file in layout.weight_files(path) for tensor in layout.stored(file)]
+    params = weights.backbone(path, config, stored, families.HF_RULES[config.family])
+    if remembers:
+        file = path / layout.ALLMEM_WEIGHTS
+        params["layers"]["memory"] = weights.memory(file, config.replace(mixer=found.mixer), layout.stored(file))
     return config, params
 
 

@@ -73,9 +73,9 @@ def load(name: str | os.PathLike[str], found: config_lib.ModelConfig) -> tuple[c
       ValueError: the file is damaged, or for another model.
     """
     path = find(name)
-    with layout.open_safetensors(path) as file:
-        config, _ = _header(path, file)
-        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
+    file = layout.open_safetensors(path)
+    config, _ = _header(path, file)
+    tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
     if differing := families.differing_fields(config, found):
         raise ValueError(f"{path} is a memory for another model: {', '.join(differing)}")
     flat = {}
@@ -90,8 +90,7 @@ def load(name: str | os.PathLike[str], found: config_lib.ModelConfig) -> tuple[c
 def describe(name: str | os.PathLike[str]) -> tuple[config_lib.ModelConfig, str]:
     """The converted model's config and the model card that a memory's file holds; `name` and errors as for `load`."""
     path = find(name)
-    with layout.open_safetensors(path) as file:
-        return _header(path, file)
+    return _header(path, layout.open_safetensors(path))
 
 
 def _header(path: pathlib.Path, file: Any) -> tuple[config_lib.ModelConfig, str]:
