@@ -12,6 +12,7 @@ import safetensors.numpy
 
 import allmem_jax
 from allmem_jax.checkpoints import gguf_reader, layout
+from allmem_jax.checkpoints import load as load_lib
 from allmem_jax.checkpoints import save as save_lib
 from allmem_jax.model import config as config_lib
 from allmem_jax.model import lm
@@ -92,6 +93,11 @@ def edit_weights(folder: pathlib.Path, change) -> None:
 def test_good_files_load(folder, gguf_path):
     assert allmem_jax.load_pretrained(folder)[0] == TINY.replace(mixer="full")  # there is no memory
     assert allmem_jax.load_pretrained(gguf_path)[0].family == "qwen2"
+
+
+def test_a_model_that_is_to_read_texts_needs_a_tokenizer(folder):
+    with pytest.raises(ValueError, match=f"^{folder} has no tokenizer: copy the original model's"):
+        load_lib.load_with_tokenizer(folder)
 
 
 def test_absent_and_wrong_paths(folder, tmp_path):
