@@ -24,9 +24,9 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Imports `convert`, and transformers with it, only when a checkpoint is read or written."""
+    """Imports what reads and writes checkpoints, and transformers with it, only when it is asked for."""
     if name in ("load_pretrained", "save_pretrained"):
-        from allmem_jax.checkpoints import convert
+        from allmem_jax.checkpoints import load, save
 
-        return getattr(convert, name)
+        return getattr(load if name == "load_pretrained" else save, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -10,7 +10,10 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from allmem_jax.checkpoints import convert, families, gguf_reader
+import allmem_jax
+from allmem_jax.checkpoints import gguf_reader, layout
+from allmem_jax.checkpoints import load as load_lib
+from allmem_jax.checkpoints import save as save_lib
 from allmem_jax.model import config as config_lib
 from allmem_jax.model import lm
 
@@ -32,15 +35,14 @@ TINY = config_lib.ModelConfig(
 
 def backbone(config: config_lib.ModelConfig, seed: int = 0) -> dict:
     rng = np.random.default_rng(seed)
-    return convert._nest(
-        {path: rng.normal(size=shape).astype(np.float32) for path, shape in families.param_shapes(config).items()}
-    )
+    shapes = jax.eval_shape(lambda: lm.init_params(config.replace(mixer="full")))
+    return jax.tree.map(lambda leaf: rng.normal(size=leaf.shape).astype(np.float32), shapes)
 
 
 @pytest.fixture
 def folder(tmp_path) -> pathlib.Path:
     """A good checkpoint, to be damaged."""
-    convert.save_pretrained(tmp_path / "good", TINY, backbone(TINY))
+    allmem_jax.save_pretrained(tmp_path / "good", TINY, backbone(TINY))
     return tmp_path / "good"
 
 
@@ -89,21 +91,26 @@ def edit_weights(folder: pathlib.Path, change) -> None:
 
 
 def test_good_files_load(folder, gguf_path):
-    assert convert.load_pretrained(folder)[0] == TINY.replace(mixer="full")  # there is no memory
-    assert convert.load_pretrained(gguf_path)[0].family == "qwen2"
+    assert allmem_jax.load_pretrained(folder)[0] == TINY.replace(mixer="full")  # there is no memory
+    assert allmem_jax.load_pretrained(gguf_path)[0].family == "qwen2"
+
+
+def test_a_model_that_is_to_read_texts_needs_a_tokenizer(folder):
+    with pytest.raises(ValueError, match=f"^{folder} has no tokenizer: copy the original model's"):
+        load_lib.load_with_tokenizer(folder)
 
 
 def test_absent_and_wrong_paths(folder, tmp_path):
     with pytest.raises(FileNotFoundError, match="no such file or folder"):
-        convert.load_pretrained("HuggingFaceTB/SmolLM2-135M")
+        allmem_jax.load_pretrained("HuggingFaceTB/SmolLM2-135M")
     (tmp_path / "empty").mkdir()
     with pytest.raises(FileNotFoundError, match="no config.json"):
-        convert.load_pretrained(tmp_path / "empty")
+        allmem_jax.load_pretrained(tmp_path / "empty")
     with pytest.raises(ValueError, match="give the folder"):
-        convert.load_pretrained(folder / "model.safetensors")
+        allmem_jax.load_pretrained(folder / "model.safetensors")
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
     with pytest.raises(FileNotFoundError, match="convert them to safetensors"):
-        convert.load_pretrained(folder)
+        allmem_jax.load_pretrained(folder)
 
 
 def test_every_misfit_is_in_one_error(folder):
@@ -115,7 +122,7 @@ def test_every_misfit_is_in_one_error(folder):
 
     edit_weights(folder, change)
     with pytest.raises(ValueError, match="5 tensors do not fit") as error:
-        convert.load_pretrained(folder)
+        allmem_jax.load_pretrained(folder)
     for line in (
         "unused: model.layers.7.mlp.up_proj.weight",
         "unused: surprise",
@@ -129,20 +136,20 @@ def test_every_misfit_is_in_one_error(folder):
 def test_checkpoint_of_another_config(folder):
     edit_json(folder / "config.json", intermediate_size=32)
     with pytest.raises(ValueError, match=r"of another model than config.json: d_ff=24 \(not 32\)"):
-        convert.load_pretrained(folder)
-    (folder / convert.ALLMEM_CONFIG).unlink()
+        allmem_jax.load_pretrained(folder)
+    (folder / layout.ALLMEM_CONFIG).unlink()
     with pytest.raises(ValueError, match=r"6 tensors do not fit(.|\n)*\(24, 16\), the config wants \(32, 16\)"):
-        convert.load_pretrained(folder)
+        allmem_jax.load_pretrained(folder)
 
 
 def test_memory_of_another_config(tmp_path):
     shapes = jax.eval_shape(lambda: lm.init_memory(TINY))
     params = lm.merge_params(backbone(TINY), jax.tree.map(lambda leaf: np.ones(leaf.shape, np.float32), shapes))
-    convert.save_pretrained(tmp_path / "out", TINY, params)
+    allmem_jax.save_pretrained(tmp_path / "out", TINY, params)
     with pytest.raises(ValueError, match="wrong shape: alpha|wrong shape: fast_gate"):
-        convert.load_pretrained(tmp_path / "out", n_mem=3)
+        allmem_jax.load_pretrained(tmp_path / "out", n_mem=3)
     with pytest.raises(ValueError, match="did you mean 'window'"):
-        convert.load_pretrained(tmp_path / "out", windw=3)
+        allmem_jax.load_pretrained(tmp_path / "out", windw=3)
 
 
 @pytest.mark.parametrize(
@@ -167,7 +174,7 @@ def test_memory_of_another_config(tmp_path):
 def test_unsupported_configs(folder, changes, message):
     edit_json(folder / "config.json", **changes)
     with pytest.raises(ValueError, match=message) as error:
-        convert.load_pretrained(folder)
+        allmem_jax.load_pretrained(folder)
     assert str(folder / "config.json") in str(error.value)
 
 
@@ -175,7 +182,7 @@ def test_config_that_is_not_json(folder):
     for text in ("{", "[]", '"a"'):
         (folder / "config.json").write_text(text)
         with pytest.raises(ValueError, match="config.json: (not valid JSON|holds a)"):
-            convert.load_pretrained(folder)
+            allmem_jax.load_pretrained(folder)
 
 
 def test_truncated_safetensors(folder):
@@ -183,7 +190,7 @@ def test_truncated_safetensors(folder):
     for length in (0, 5, 60, len(data) - 7):
         (folder / "model.safetensors").write_bytes(data[:length])
         with pytest.raises(ValueError, match="truncated or damaged"):
-            convert.load_pretrained(folder)
+            allmem_jax.load_pretrained(folder)
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json"])
@@ -191,32 +198,32 @@ def test_git_lfs_pointer(folder, name):
     pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
     (folder / name).write_text(pointer)
     with pytest.raises(ValueError, match=f"{name} is a Git LFS pointer.*git lfs pull"):
-        convert.load_pretrained(folder)
+        allmem_jax.load_pretrained(folder)
     (folder / "model.gguf").write_text(pointer)
     with pytest.raises(ValueError, match="model.gguf is a Git LFS pointer"):
-        convert.load_pretrained(folder / "model.gguf")
+        allmem_jax.load_pretrained(folder / "model.gguf")
 
 
 @pytest.mark.parametrize("shard", ["../secret.safetensors", "/etc/passwd", "a\\b", "sub/m.safetensors", ".."])
 def test_shard_names_stay_in_the_folder(folder, shard):
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"model.norm.weight": shard}}))
     with pytest.raises(ValueError, match="must be plain file names"):
-        convert.load_pretrained(folder)
+        allmem_jax.load_pretrained(folder)
 
 
 def test_bad_indexes(folder):
     index = folder / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {"model.norm.weight": "model-1.safetensors"}}))
     with pytest.raises(FileNotFoundError, match="lacks shards.*model-1.safetensors"):
-        convert.load_pretrained(folder)
+        allmem_jax.load_pretrained(folder)
     for text in ("{}", '{"weight_map": []}'):
         index.write_text(text)
         with pytest.raises(ValueError, match="no weight_map"):
-            convert.load_pretrained(folder)
+            allmem_jax.load_pretrained(folder)
     (folder / "copy.safetensors").write_bytes((folder / "model.safetensors").read_bytes())
     index.write_text(json.dumps({"weight_map": {"a": "model.safetensors", "b": "copy.safetensors"}}))
     with pytest.raises(ValueError, match="matched twice: model.norm.weight"):
-        convert.load_pretrained(folder)
+        allmem_jax.load_pretrained(folder)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
@@ -226,19 +233,19 @@ def test_nan_weights(folder, value):
 
     edit_weights(folder, change)
     with pytest.raises(ValueError, match="NaN or infinite weights in model.layers.1.mlp.up_proj.weight$"):
-        convert.load_pretrained(folder)
+        allmem_jax.load_pretrained(folder)
 
 
 def test_integer_weights(folder):
     edit_weights(folder, lambda tensors: tensors.update({"model.norm.weight": np.ones(16, np.int8)}))
     with pytest.raises(ValueError, match="'model.norm.weight' has the unsupported dtype I8"):
-        convert.load_pretrained(folder)
+        allmem_jax.load_pretrained(folder)
 
 
 def test_own_head_in_a_tied_file(folder):
     edit_weights(folder, lambda tensors: tensors.update({"lm_head.weight": tensors["model.embed_tokens.weight"] + 1}))
     with pytest.raises(ValueError, match="lm_head.weight differs from the embedding.*set tie_word_embeddings to false"):
-        convert.load_pretrained(folder)
+        allmem_jax.load_pretrained(folder)
 
 
 def test_truncated_gguf_at_every_length(gguf_path):
@@ -291,7 +298,7 @@ def tensor_entry(name: str, dims: tuple[int, ...], kind: int = 0, offset: int = 
 def test_hostile_gguf_headers(contents, message, tmp_path):
     (tmp_path / "bad.gguf").write_bytes(contents)
     with pytest.raises(ValueError, match=message) as error:
-        convert.load_pretrained(tmp_path / "bad.gguf")
+        allmem_jax.load_pretrained(tmp_path / "bad.gguf")
     assert "bad.gguf" in str(error.value)
 
 
@@ -305,7 +312,7 @@ def test_random_damage_to_a_gguf_header_is_an_error_or_harmless(gguf_path):
             bad[place] = rng.integers(256)
         gguf_path.write_bytes(bad)
         try:
-            convert.load_pretrained(gguf_path)
+            allmem_jax.load_pretrained(gguf_path)
         except ValueError as error:
             assert str(gguf_path) in str(error)
 
@@ -317,24 +324,24 @@ def test_nothing_is_written_over(folder, monkeypatch):
         return {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
     with pytest.raises(FileExistsError, match="overwrite=True"):
-        convert.save_pretrained(folder, TINY, backbone(TINY, seed=1))
+        allmem_jax.save_pretrained(folder, TINY, backbone(TINY, seed=1))
     with pytest.raises(FileExistsError, match="is a file"):
-        convert.save_pretrained(folder / "config.json", TINY, backbone(TINY))
+        allmem_jax.save_pretrained(folder / "config.json", TINY, backbone(TINY))
     with pytest.raises(ValueError, match="do not fit the config"):
-        convert.save_pretrained(folder, TINY.replace(d_ff=8), backbone(TINY), overwrite=True)
+        allmem_jax.save_pretrained(folder, TINY.replace(d_ff=8), backbone(TINY), overwrite=True)
     with pytest.raises(ValueError, match="LlamaForCausalLM cannot express qk_norm=True"):
-        convert.save_pretrained(folder, TINY.replace(qk_norm=True), backbone(TINY), overwrite=True)
-    real = convert.os.replace
+        allmem_jax.save_pretrained(folder, TINY.replace(qk_norm=True), backbone(TINY), overwrite=True)
+    real = save_lib.os.replace
     monkeypatch.setattr(
-        convert.os, "replace", lambda a, b: fail() if b == folder and ".old" not in a.name else real(a, b)
+        save_lib.os, "replace", lambda a, b: fail() if b == folder and ".old" not in a.name else real(a, b)
     )
     with pytest.raises(OSError, match="disk"):
-        convert.save_pretrained(folder, TINY, backbone(TINY, seed=1), overwrite=True)
+        allmem_jax.save_pretrained(folder, TINY, backbone(TINY, seed=1), overwrite=True)
     assert unchanged() and [path.name for path in folder.parent.iterdir()] == ["good"]
     monkeypatch.undo()
-    convert.save_pretrained(folder, TINY, backbone(TINY, seed=1), overwrite=True)
+    allmem_jax.save_pretrained(folder, TINY, backbone(TINY, seed=1), overwrite=True)
     assert not unchanged() and [path.name for path in folder.parent.iterdir()] == ["good"]
-    jax.tree.map(np.testing.assert_array_equal, convert.load_pretrained(folder)[1], backbone(TINY, seed=1))
+    jax.tree.map(np.testing.assert_array_equal, allmem_jax.load_pretrained(folder)[1], backbone(TINY, seed=1))
 
 
 def fail():

@@ -16,8 +16,10 @@ import pytest
 import tiny_folder
 from tiny_folder import WORDS, tiny_tokenizer
 
+import allmem_jax
 from allmem_jax import cli
-from allmem_jax.checkpoints import convert as convert_lib
+from allmem_jax.checkpoints import layout
+from allmem_jax.checkpoints import load as load_lib
 from allmem_jax.decoding import chat, generation
 from allmem_jax.evaluation import cost, divergence_report
 from allmem_jax.model import lm
@@ -54,10 +56,10 @@ def fails(capsys, *arguments):
 
 
 def test_convert_writes_a_model_with_a_memory(converted, plain):
-    config, params, tokenizer = convert_lib.load_pretrained(converted)
+    config, params, tokenizer = allmem_jax.load_pretrained(converted)
     assert (config.window, config.sinks, config.chunk, config.mixer) == (24, 2, 8, "allmem")
     assert not np.any(params["layers"]["memory"]["alpha"])
-    before = convert_lib.load_pretrained(plain)[1]
+    before = allmem_jax.load_pretrained(plain)[1]
     backbone = lm.split_params(params)[0]
     jax.tree.map(np.testing.assert_array_equal, backbone, before)
     assert tokenizer.encode("the sea") == tiny_tokenizer().encode("the sea")
@@ -72,7 +74,7 @@ def test_convert_refuses_to_write_over(plain, converted, capsys):
 def test_generate_is_the_greedy_continuation(converted, capsys):
     assert cli.main(["generate", str(converted), "the whale", "--max-tokens", "9"]) == 0
     out = capsys.readouterr().out
-    config, params, tokenizer = convert_lib.load_pretrained(converted)
+    config, params, tokenizer = allmem_jax.load_pretrained(converted)
     ids = generation.generate(
         params, config, [tokenizer.encode("the whale")], max_tokens=9, stop_tokens=chat.stop_tokens(tokenizer)
     )[0]
@@ -146,8 +148,8 @@ def test_errors_are_one_line_with_the_fix(plain, converted, book, tmp_path, caps
 def test_a_memory_of_another_config_is_refused(converted, tmp_path, capsys):
     other = tmp_path / "other"
     shutil.copytree(converted, other)
-    fields = json.loads((other / convert_lib.ALLMEM_CONFIG).read_text())
-    (other / convert_lib.ALLMEM_CONFIG).write_text(json.dumps(fields | {"d_mem": 16}))
+    fields = json.loads((other / layout.ALLMEM_CONFIG).read_text())
+    (other / layout.ALLMEM_CONFIG).write_text(json.dumps(fields | {"d_mem": 16}))
     assert cli.main(["generate", str(other), "hello"]) == 2
     assert "wrong shape" in capsys.readouterr().err
 
@@ -172,10 +174,10 @@ def test_help_needs_no_transformers():
 
 def test_info_is_of_the_models_own_mixer(plain, tmp_path, capsys):
     """A folder with a delta memory, and what `--window` changes of it."""
-    config = convert_lib.read_config(plain).replace(mixer="delta", window=24, chunk=8)
+    config = load_lib.read_config(plain).replace(mixer="delta", window=24, chunk=8)
     shutil.copytree(plain, tmp_path / "delta")
-    (tmp_path / "delta" / convert_lib.ALLMEM_CONFIG).write_text(config.to_json())
-    (tmp_path / "delta" / convert_lib.ALLMEM_WEIGHTS).touch()
+    (tmp_path / "delta" / layout.ALLMEM_CONFIG).write_text(config.to_json())
+    (tmp_path / "delta" / layout.ALLMEM_WEIGHTS).touch()
     assert cli.main(["info", str(tmp_path / "delta"), "--dtype", "float32", "--window", "48"]) == 0
     out = capsys.readouterr().out
     heads, rows, columns = config.linear_state_shape
@@ -220,7 +222,7 @@ def test_thinking_and_chat_templates(converted, tmp_path, capsys, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(chat, "Conversation", conversation)
         fails(capsys, "generate", converted, "hi", "--chat", "--thinking", "off", "--stop", "a")
-    assert seen == [{"stop": ("a",), "thinking": False}]
+    assert [(given["stop"], given["thinking"]) for given in seen] == [(("a",), False)]
     other = tmp_path / "strict"
     shutil.copytree(converted, other)
     for template, message in (("{{ raise_exception('no system role') }}", "no system role"), ("{% for %}", "Syntax")):
@@ -314,7 +316,7 @@ def test_a_reader_that_leaves_and_ctrl_c_end_quietly(converted, monkeypatch, cap
     for error, code in ((BrokenPipeError, 141), (KeyboardInterrupt, 130)):
         with monkeypatch.context() as patch:
             patch.setattr(sys, "stdout", sys.stdout)  # which the command may drop
-            patch.setattr(cli, "_print_stream", lambda _, error=error: (_ for _ in ()).throw(error()))
+            patch.setattr(cli.terminal, "print_stream", lambda _, error=error: (_ for _ in ()).throw(error()))
             assert cli.main(["generate", str(converted), "the", "--max-tokens", "1"]) == code
         assert "error" not in capsys.readouterr().err
 

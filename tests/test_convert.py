@@ -10,8 +10,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import safetensors.numpy
 
-from allmem_jax.checkpoints import convert, families
+import allmem_jax
+from allmem_jax.checkpoints import families, gguf_config, hf_config
+from allmem_jax.checkpoints import load as load_lib
 from allmem_jax.checkpoints import tokenizer as tokenizer_lib
 from allmem_jax.decoding import generation
 from allmem_jax.model import config as config_lib
@@ -119,12 +122,12 @@ def assert_same_tree(found, wanted) -> None:
 @pytest.mark.parametrize("case", CASES)
 def test_logits_survive_import_and_export(case, tmp_path):
     wanted = torch_logits(write_checkpoint(case, tmp_path / "in"))
-    config, params, tokenizer = convert.load_pretrained(tmp_path / "in")
+    config, params, tokenizer = allmem_jax.load_pretrained(tmp_path / "in")
     assert tokenizer is None and "memory" not in params["layers"]
     assert distance(our_logits(config, params), wanted) < 1e-4
-    convert.save_pretrained(tmp_path / "out", config, params)
+    allmem_jax.save_pretrained(tmp_path / "out", config, params)
     assert distance(torch_logits(reload(tmp_path / "out")), wanted) < 1e-5
-    again, params_again, _ = convert.load_pretrained(tmp_path / "out")
+    again, params_again, _ = allmem_jax.load_pretrained(tmp_path / "out")
     assert again == config
     assert_same_tree(params_again, params)
 
@@ -132,7 +135,7 @@ def test_logits_survive_import_and_export(case, tmp_path):
 @pytest.mark.parametrize("case", ["llama-biases", "qwen3-yarn", "gemma3"])
 def test_tree_is_the_models_own(case, tmp_path):
     write_checkpoint(case, tmp_path)
-    config, params, _ = convert.load_pretrained(tmp_path, window=16, chunk=8)
+    config, params, _ = allmem_jax.load_pretrained(tmp_path, window=16, chunk=8)
     wanted = lm.split_params(jax.eval_shape(lambda: lm.init_params(config)))[0]
     assert jax.tree.map(lambda leaf: leaf.shape, params) == jax.tree.map(lambda leaf: leaf.shape, wanted)
 
@@ -140,18 +143,18 @@ def test_tree_is_the_models_own(case, tmp_path):
 def test_old_style_rope_fields(tmp_path):
     """Files of transformers 4: rope_theta, rope_scaling with `type`, rope_local_base_freq."""
     base = {**TINY, "model_type": "llama", "rms_norm_eps": 1e-5}
-    config = families.config_from_hf({**base, "rope_theta": 77.0, "rope_scaling": {"type": "linear", "factor": 3.0}})
+    config = hf_config.from_hf({**base, "rope_theta": 77.0, "rope_scaling": {"type": "linear", "factor": 3.0}})
     assert (config.rope_theta, config.rope_scaling) == (77.0, config_lib.RopeScaling("linear", 3.0))
-    gemma = families.config_from_hf({**TINY, "model_type": "gemma3_text", "rope_local_base_freq": 55.0})
+    gemma = hf_config.from_hf({**TINY, "model_type": "gemma3_text", "rope_local_base_freq": 55.0})
     assert (gemma.rope_theta, gemma.local_rope_theta, gemma.local_layers) == (1e6, 55.0, (True, True, True))
-    nested = families.config_from_hf({"model_type": "gemma3", "text_config": {**TINY, "sliding_window": 9}})
+    nested = hf_config.from_hf({"model_type": "gemma3", "text_config": {**TINY, "sliding_window": 9}})
     assert (nested.family, nested.local_window) == ("gemma3_text", 9)
 
 
 @pytest.mark.parametrize("preset", ["qwen3-0.6b", "llama-3.2-1b", "gemma-3-270m", "mistral-7b", "qwen2.5-0.5b"])
 def test_presets_survive_as_hugging_face_configs(preset):
     config = config_lib.preset(preset)
-    assert families.differing_fields(families.config_from_hf(families.config_to_hf(config)), config) == []
+    assert families.differing_fields(hf_config.from_hf(hf_config.to_hf(config)), config) == []
 
 
 def test_multimodal_names_reach_the_text_model():
@@ -162,17 +165,17 @@ def test_multimodal_names_reach_the_text_model():
 
 def test_bfloat16_and_float16_files(tmp_path):
     net = write_checkpoint("qwen3-yarn", tmp_path / "bf16", torch.bfloat16)
-    config, params, _ = convert.load_pretrained(tmp_path / "bf16")
+    config, params, _ = allmem_jax.load_pretrained(tmp_path / "bf16")
     assert params["embed"]["embedding"].dtype == jnp.float32
     assert distance(our_logits(config, params), torch_logits(net)) < 1e-4
-    config, params16, _ = convert.load_pretrained(tmp_path / "bf16", dtype="bfloat16")
+    config, params16, _ = allmem_jax.load_pretrained(tmp_path / "bf16", dtype="bfloat16")
     assert config.dtype == "bfloat16" and {leaf.dtype.name for leaf in jax.tree.leaves(params16)} == {"bfloat16"}
     assert_same_tree(jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params16), params)
-    convert.save_pretrained(tmp_path / "out", config, params16)
+    allmem_jax.save_pretrained(tmp_path / "out", config, params16)
     assert json.loads((tmp_path / "out/config.json").read_text())["torch_dtype"] == "bfloat16"
     assert distance(torch_logits(reload(tmp_path / "out")), torch_logits(net)) < 1e-5
     half = write_checkpoint("qwen2", tmp_path / "f16", torch.float16)
-    params = convert.load_pretrained(tmp_path / "f16")[1]
+    params = allmem_jax.load_pretrained(tmp_path / "f16")[1]
     np.testing.assert_array_equal(params["embed"]["embedding"], half.get_input_embeddings().weight.detach().numpy())
 
 
@@ -180,37 +183,37 @@ def test_shards_in_and_out(tmp_path):
     net = write_checkpoint("gemma3", tmp_path / "one")
     net.save_pretrained(tmp_path / "many", max_shard_size="20KB")
     assert (tmp_path / "many/model.safetensors.index.json").is_file()
-    config, params, _ = convert.load_pretrained(tmp_path / "many")
-    assert_same_tree(params, convert.load_pretrained(tmp_path / "one")[1])
-    convert.save_pretrained(tmp_path / "out", config, params, max_shard_size="20KB")
+    config, params, _ = allmem_jax.load_pretrained(tmp_path / "many")
+    assert_same_tree(params, allmem_jax.load_pretrained(tmp_path / "one")[1])
+    allmem_jax.save_pretrained(tmp_path / "out", config, params, max_shard_size="20KB")
     assert len(list((tmp_path / "out").glob("model-*-of-*.safetensors"))) > 2
     assert distance(torch_logits(reload(tmp_path / "out")), torch_logits(net)) < 1e-6
 
 
 def test_memory_travels_beside_the_backbone(tmp_path):
     write_checkpoint("llama", tmp_path / "in")
-    config, params, _ = convert.load_pretrained(tmp_path / "in", window=16, sinks=2, chunk=8, n_mem=3, d_mem=4)
+    config, params, _ = allmem_jax.load_pretrained(tmp_path / "in", window=16, sinks=2, chunk=8, n_mem=3, d_mem=4)
     rng = np.random.default_rng(0)
     shapes = jax.eval_shape(lambda: lm.init_memory(config))
     memory = jax.tree.map(lambda leaf: rng.normal(size=leaf.shape).astype(np.float32), shapes)
     params = lm.merge_params(params, memory)
-    convert.save_pretrained(tmp_path / "out", config, params, dtype="bfloat16")
-    again, params_again, _ = convert.load_pretrained(tmp_path / "out")
+    allmem_jax.save_pretrained(tmp_path / "out", config, params, dtype="bfloat16")
+    again, params_again, _ = allmem_jax.load_pretrained(tmp_path / "out")
     assert again == config.replace(mixer="allmem")
     assert_same_tree(lm.split_params(params_again)[1], memory)  # float32 whatever the backbone's dtype
-    assert convert.load_pretrained(tmp_path / "out", window=32)[0].window == 32
+    assert allmem_jax.load_pretrained(tmp_path / "out", window=32)[0].window == 32
 
 
 def test_a_model_comes_as_it_runs(tmp_path):
     """Without a memory as the original or as it was saved; a memory that is asked for is made, and silent."""
     write_checkpoint("llama", tmp_path / "in")
     sizes = dict(window=16, sinks=2, chunk=8, d_mem=4)
-    config, params, _ = convert.load_pretrained(tmp_path / "in", **sizes)
+    config, params, _ = allmem_jax.load_pretrained(tmp_path / "in", **sizes)
     assert config.mixer == "full" and "memory" not in params["layers"]
     (written,) = generation.generate(params, config, [[5, 6, 7]], max_tokens=2)
     assert len(written) == 2
     with pytest.warns(UserWarning, match="has no memory: an untrained one is added"):
-        fresh_config, fresh, _ = convert.load_pretrained(tmp_path / "in", mixer="allmem", **sizes)
+        fresh_config, fresh, _ = allmem_jax.load_pretrained(tmp_path / "in", mixer="allmem", **sizes)
     assert fresh_config.mixer == "allmem" and not np.any(fresh["layers"]["memory"]["alpha"])
     assert_same_tree(lm.split_params(fresh)[0], params)
     for name, mixer, saved in [
@@ -219,21 +222,21 @@ def test_a_model_comes_as_it_runs(tmp_path):
         ("none", "allmem", params),
         ("memory", "full", fresh),
     ]:
-        convert.save_pretrained(tmp_path / name, config.replace(mixer=mixer), saved)
+        allmem_jax.save_pretrained(tmp_path / name, config.replace(mixer=mixer), saved)
         wanted = {"none": "full", "memory": "allmem"}.get(name, name)
-        assert convert.load_pretrained(tmp_path / name)[0] == config.replace(mixer=wanted)
-        assert convert.read_config(tmp_path / name).mixer == wanted
-    assert convert.load_pretrained(tmp_path / "memory", mixer="swa")[0].mixer == "swa"
-    assert convert.read_config("qwen3-0.6b") == config_lib.preset("qwen3-0.6b")
+        assert allmem_jax.load_pretrained(tmp_path / name)[0] == config.replace(mixer=wanted)
+        assert load_lib.read_config(tmp_path / name).mixer == wanted
+    assert allmem_jax.load_pretrained(tmp_path / "memory", mixer="swa")[0].mixer == "swa"
+    assert load_lib.read_config("qwen3-0.6b") == config_lib.preset("qwen3-0.6b", mixer="full")
     with pytest.raises(FileNotFoundError, match="no such file or folder"):
-        convert.read_config("./absent.gguf")
+        load_lib.read_config("./absent.gguf")
 
 
 def test_equal_head_in_a_tied_file_is_ignored(tmp_path):
     net = write_checkpoint("llama", tmp_path)
     state = {name: value.detach().numpy() for name, value in net.state_dict().items()}
-    convert.safetensors.numpy.save_file(state, tmp_path / "model.safetensors")
-    config, params, _ = convert.load_pretrained(tmp_path)
+    safetensors.numpy.save_file(state, tmp_path / "model.safetensors")
+    config, params, _ = allmem_jax.load_pretrained(tmp_path)
     assert config.tie_embeddings and "lm_head" not in params
 
 
@@ -262,7 +265,7 @@ def write_gguf(case: str, folder: pathlib.Path, path: pathlib.Path, arch: str) -
     if arch == "gemma3":
         writer.add_sliding_window(raw["sliding_window"])
     names = gguf.get_tensor_name_map(arch_enum(arch), raw["num_hidden_layers"])
-    with convert.safetensors.safe_open(folder / "model.safetensors", "np") as file:
+    with safetensors.safe_open(folder / "model.safetensors", "np") as file:
         for name in file.keys():  # noqa: SIM118
             array = file.get_tensor(name)
             if arch == "gemma3" and name.endswith("norm.weight"):
@@ -297,8 +300,8 @@ def test_gguf_loads_as_the_folder_does(case, arch, tmp_path, monkeypatch):
     monkeypatch.setitem(CASES, case, (CASES[case][0], changes))
     write_checkpoint(case, tmp_path / "hf")
     write_gguf(case, tmp_path / "hf", tmp_path / "model.gguf", arch)
-    wanted_config, wanted, _ = convert.load_pretrained(tmp_path / "hf")
-    config, params, tokenizer = convert.load_pretrained(tmp_path / "model.gguf")
+    wanted_config, wanted, _ = allmem_jax.load_pretrained(tmp_path / "hf")
+    config, params, tokenizer = allmem_jax.load_pretrained(tmp_path / "model.gguf")
     assert tokenizer is None
     assert config == wanted_config
     assert jax.tree.structure(params) == jax.tree.structure(wanted)
@@ -310,7 +313,7 @@ def test_llama3_scaling_is_recovered_from_gguf_factors():
     wavelength = 2 * np.pi * config.rope_theta ** (np.arange(0, 64, 2) / 64)
     smooth = (8192 / wavelength - 1) / 3
     factors = np.where(wavelength < 2048, 1.0, np.where(wavelength > 8192, 32.0, 1 / ((1 - smooth) / 32 + smooth)))
-    assert families._llama3_scaling(config, factors.astype(np.float32)) == config.rope_scaling
+    assert gguf_config._llama3_scaling(config, factors.astype(np.float32)) == config.rope_scaling
 
 
 def bpe_gguf(path: pathlib.Path, backend, kind: str, pre: str | None, **fields) -> tokenizer_lib.gguf_reader.GGUFFile:
@@ -367,7 +370,7 @@ def test_gguf_tokenizer_is_the_one_it_was_made_from(kind, tmp_path):
     assert ended[-1] == found.eos_token_id and ended[:-1] == gold.encode(text).ids
     assert found.apply_chat_template([{"role": "user", "content": "a"}], tokenize=False) == "a<|end|>"
     found.save_pretrained(tmp_path / "folder")
-    raw = families.config_to_hf(config_lib.preset("smollm2-135m"))  # which has transformers choose a class by family
+    raw = hf_config.to_hf(config_lib.preset("smollm2-135m"))  # which has transformers choose a class by family
     (tmp_path / "folder/config.json").write_text(json.dumps(raw))
     again = tokenizer_lib.load_tokenizer(tmp_path / "folder")
     assert again(TEXT + "<|end|>").input_ids == found(TEXT + "<|end|>").input_ids
@@ -401,8 +404,8 @@ def test_gguf_needs_no_torch(smollm2_path):
     """The demo installs no torch: nothing on the way from a GGUF file to parameters may want it."""
     code = (
         "import sys; sys.modules['torch'] = None; sys.modules['accelerate'] = None\n"
-        "from allmem_jax.checkpoints import convert\n"
-        f"config, params, tokenizer = convert.load_pretrained({str(smollm2_path)!r}, window=128, chunk=64)\n"
+        "import allmem_jax\n"
+        f"config, params, tokenizer = allmem_jax.load_pretrained({str(smollm2_path)!r}, window=128, chunk=64)\n"
         "text = 'Hello world, it is 12345.\\n\\n  def f(x):'\n"
         "assert tokenizer.decode(tokenizer(text).input_ids) == text\n"
         "assert '<|im_start|>user' in tokenizer.apply_chat_template([{'role': 'user', 'content': 'a'}], tokenize=False)"
@@ -414,7 +417,7 @@ def test_gguf_needs_no_torch(smollm2_path):
 @pytest.mark.slow
 def test_smollm2_gguf_against_transformers(smollm2_path):
     pytest.importorskip("accelerate")
-    config, params, tokenizer = convert.load_pretrained(smollm2_path)
+    config, params, tokenizer = allmem_jax.load_pretrained(smollm2_path)
     assert families.differing_fields(config, config_lib.preset("smollm2-135m")) == []
     # Real text; without digits, before which transformers' reading of this vocabulary cuts spaces otherwise than
     # llama.cpp and the model's own tokenizer do.

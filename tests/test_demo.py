@@ -11,7 +11,8 @@ import pytest
 import tiny_folder
 import tyro
 
-from allmem_jax.checkpoints import convert, memory_file
+import allmem_jax
+from allmem_jax.checkpoints import memory_file
 from allmem_jax.evaluation import divergence, recall
 from allmem_jax.model import lm, state
 from train import fetch, finetune
@@ -35,7 +36,7 @@ def setting(tmp_path, monkeypatch):
     monkeypatch.setattr(books, "train_books", lambda: texts[:2])
     monkeypatch.setattr(books, "heldout_books", lambda: texts[2:])
     (tmp_path / "recipe.py").write_text(RECIPE.format(cache=str(tmp_path / "cache")))
-    loaded, _, _ = convert.load_pretrained(folder)
+    loaded, _, _ = allmem_jax.load_pretrained(folder)
     config = loaded.replace(mixer="allmem", window=16, sinks=2, chunk=8, d_mem=8, read_out="difference", alpha_init=0.1)
     memory_file.save(tmp_path / "memory.safetensors", config, lm.init_memory(config))
     return demo.DemoConfig(
@@ -71,7 +72,7 @@ def test_the_chain_and_its_second_run(setting, capsys, monkeypatch):
     assert [len(steps) for steps in training["data"].values()] == [3] and len(writing["tables"][0]["rows"]) == 2
     assert "differen" in page.read_text() and "another document" in page.read_text()
     (folder,) = (setting.out / "runs").glob("*/memory/model")
-    config, params, _ = convert.load_pretrained(folder)
+    config, params, _ = allmem_jax.load_pretrained(folder)
     assert (config.window, config.chunk) == (16, 8) and np.any(params["layers"]["memory"]["alpha"])
 
     monkeypatch.setattr(finetune, "load", lambda recipe: pytest.fail("a complete run loads no model"))
@@ -143,7 +144,7 @@ def test_the_table_compiles_once_for_all_windows(setting, tmp_path):
     results = compare.run(given)
     assert divergence.hidden_states._cache_size() == 2  # the original, and all of the windowed
     assert list(results["a.txt"]) == ["8/0", "8/4", "16/4"]
-    config, params, tokenizer = convert.load_pretrained(tmp_path / "tiny", window=16, sinks=4)
+    config, params, tokenizer = allmem_jax.load_pretrained(tmp_path / "tiny", window=16, sinks=4)
     tokens = divergence.cut(tokenizer.encode(tiny_folder.WORDS), 48, 1)
     scores = divergence.compare(config, params, tokens, divergence.standard_variants(config, None))
     row = divergence.summarise(scores, 16)[divergence.SWA]
@@ -170,7 +171,7 @@ def test_the_training_texts_are_written_once(shakespeare_path, tmp_path, capsys)
 def test_a_text_is_asked_from_the_file_alone(tmp_path):
     """What the state's file holds is what reading the text and the question at once would give."""
     folder = tiny_folder.write(tmp_path / "tiny")
-    loaded, _, _ = convert.load_pretrained(folder)
+    loaded, _, _ = allmem_jax.load_pretrained(folder)
     config = loaded.replace(mixer="allmem", window=16, sinks=2, chunk=8, d_mem=8, read_out="difference", alpha_init=0.5)
     memory_file.save(tmp_path / "memory.safetensors", config, lm.init_memory(config))
     released = reading.load(str(folder), str(tmp_path / "memory.safetensors"), 16)

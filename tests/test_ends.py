@@ -7,7 +7,9 @@ import pytest
 import tiny_folder
 import transformers
 
-from allmem_jax.checkpoints import convert, ends, families
+import allmem_jax
+from allmem_jax.checkpoints import ends, families
+from allmem_jax.checkpoints import load as load_lib
 from allmem_jax.model import config as config_lib
 from allmem_jax.model import state
 
@@ -43,12 +45,12 @@ def folder(plain, tmp_path):
 def test_the_files_ends_are_joined(folder, generation, config, files, wanted):
     edit(folder / "generation_config.json", eos_token_id=generation, temperature=0.6)
     edit(folder / "config.json", eos_token_id=config)
-    loaded, params, tokenizer = convert.load_pretrained(folder)
-    assert loaded.eos_tokens == wanted and convert.read_config(folder).eos_tokens == files
+    loaded, params, tokenizer = allmem_jax.load_pretrained(folder)
+    assert loaded.eos_tokens == wanted and load_lib.read_config(folder).eos_tokens == files
     assert ends.of_tokenizer(tokenizer) == set(wanted)  # whoever holds the tokenizer alone
     out = folder.parent / "out"
-    convert.save_pretrained(out, loaded, params, tokenizer)
-    assert convert.load_pretrained(out)[0] == loaded
+    allmem_jax.save_pretrained(out, loaded, params, tokenizer)
+    assert allmem_jax.load_pretrained(out)[0] == loaded
     assert transformers.GenerationConfig.from_pretrained(out).eos_token_id == list(wanted)
     assert transformers.AutoConfig.from_pretrained(out).eos_token_id == list(wanted)
 
@@ -57,13 +59,13 @@ def test_a_folder_without_a_tokenizer_keeps_its_ends(folder):
     for file in folder.glob("*token*"):
         file.unlink()
     edit(folder / "generation_config.json", eos_token_id=[7, 9])
-    config, params, tokenizer = convert.load_pretrained(folder)
-    convert.save_pretrained(folder.parent / "out", config, params)
-    assert tokenizer is None and convert.read_config(folder.parent / "out").eos_tokens == (7, 9)
-    assert convert.load_pretrained(folder, eos_tokens=(1,))[0].eos_tokens == (1,)
-    convert.save_pretrained(folder.parent / "one", config.replace(eos_tokens=(7,)), params)
+    config, params, tokenizer = allmem_jax.load_pretrained(folder)
+    allmem_jax.save_pretrained(folder.parent / "out", config, params)
+    assert tokenizer is None and load_lib.read_config(folder.parent / "out").eos_tokens == (7, 9)
+    assert allmem_jax.load_pretrained(folder, eos_tokens=(1,))[0].eos_tokens == (1,)
+    allmem_jax.save_pretrained(folder.parent / "one", config.replace(eos_tokens=(7,)), params)
     assert transformers.GenerationConfig.from_pretrained(folder.parent / "one").eos_token_id == 7
-    convert.save_pretrained(folder.parent / "none", config.replace(eos_tokens=()), params)
+    allmem_jax.save_pretrained(folder.parent / "none", config.replace(eos_tokens=()), params)
     assert transformers.GenerationConfig.from_pretrained(folder.parent / "none").eos_token_id is None
 
 
@@ -87,7 +89,7 @@ def test_gguf_keys_state_ends():
 def test_what_is_no_token_is_left_out_with_a_warning(folder, bad):
     edit(folder / "generation_config.json", eos_token_id=bad)
     with pytest.warns(UserWarning, match="eos_token_id of generation_config.json: .* no token id"):
-        assert set(convert.read_config(folder).eos_tokens) <= {7}
+        assert set(load_lib.read_config(folder).eos_tokens) <= {7}
 
 
 @pytest.mark.parametrize(

@@ -23,8 +23,9 @@ from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
+import allmem_jax
 from allmem_jax import cli
-from allmem_jax.checkpoints import convert as convert_lib
+from allmem_jax.checkpoints import layout
 from allmem_jax.decoding import generation
 from allmem_jax.evaluation import harness, harness_arguments
 from allmem_jax.model import config as config_lib
@@ -44,12 +45,12 @@ def plain(tmp_path_factory):
 @pytest.fixture(scope="module")
 def converted(plain):
     """The same with a random memory that speaks."""
-    config, params, tokenizer = convert_lib.load_pretrained(plain, window=24, sinks=2, chunk=8, d_mem=8, lr_init=0.2)
+    config, params, tokenizer = allmem_jax.load_pretrained(plain, window=24, sinks=2, chunk=8, d_mem=8, lr_init=0.2)
     rng = np.random.default_rng(1)
     memory = jax.eval_shape(lambda: lm_lib.init_memory(config))
     memory = jax.tree.map(lambda leaf: jnp.asarray(rng.normal(0, 0.5, leaf.shape), jnp.float32), memory)
     path = plain.parent / "converted"
-    convert_lib.save_pretrained(path, config, lm_lib.merge_params(params, memory), tokenizer)
+    allmem_jax.save_pretrained(path, config, lm_lib.merge_params(params, memory), tokenizer)
     return path
 
 
@@ -249,9 +250,9 @@ def test_the_memory_and_its_controls(converted, plain):
 
 
 def test_errors_name_the_fix(converted, plain, remembering, tmp_path):
-    config, params, tokenizer = convert_lib.load_pretrained(plain, mixer="delta")
+    config, params, tokenizer = allmem_jax.load_pretrained(plain, mixer="delta")
     memory = jax.tree.map(lambda x: np.ones(x.shape, x.dtype), jax.eval_shape(lambda: lm_lib.init_memory(config)))
-    convert_lib.save_pretrained(tmp_path / "delta", config, lm_lib.merge_params(params, memory), tokenizer)
+    allmem_jax.save_pretrained(tmp_path / "delta", config, lm_lib.merge_params(params, memory), tokenizer)
     assert harness.AllMemHarness(str(tmp_path / "delta")).config.mixer == "delta"
     with pytest.raises(ValueError, match="a memory for mixer='delta', not for mixer='allmem'"):
         harness.AllMemHarness(str(tmp_path / "delta"), mixer="allmem")
@@ -297,8 +298,8 @@ def scripted(tmp_path_factory):
         ids = tokenizer.encode(row)
         params["lm_head"]["kernel"][ids[:-1], ids[1:]] = 1.0
     path = tmp_path_factory.mktemp("models") / "scripted"
-    convert_lib.save_pretrained(path, config, params, tokenizer)
-    (path / convert_lib.ALLMEM_CONFIG).unlink()
+    allmem_jax.save_pretrained(path, config, params, tokenizer)
+    (path / layout.ALLMEM_CONFIG).unlink()
     ends = [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("Z")]
     (path / "generation_config.json").write_text(json.dumps({"eos_token_id": ends}))
     return path

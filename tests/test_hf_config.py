@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from hypothesis import strategies
 
-from allmem_jax.checkpoints import convert, ends, families
+from allmem_jax.checkpoints import ends, gguf_config, hf_config
+from allmem_jax.checkpoints import load as load_lib
 from allmem_jax.checkpoints import tokenizer as tokenizer_lib
 from allmem_jax.model import config as config_lib
 
@@ -132,7 +133,7 @@ PUBLISHED = {
 def test_published_configs_are_read_in_silence(name):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        config = families.config_from_hf(PUBLISHED[name])
+        config = hf_config.from_hf(PUBLISHED[name])
     assert (config.d_model, config.n_layers, config.n_heads, config.head_dim) == (32, 3, 4, 16)
 
 
@@ -142,7 +143,7 @@ def test_what_transformers_writes_is_read_in_silence(family):
     raw = transformers.AutoConfig.for_model(family).to_dict()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        config = families.config_from_hf(json.loads(json.dumps(raw)))
+        config = hf_config.from_hf(json.loads(json.dumps(raw)))
     assert config.d_model == raw["hidden_size"] and config.rope_scaling is None
 
 
@@ -172,26 +173,26 @@ def test_what_transformers_writes_is_read_in_silence(family):
 )
 def test_what_would_change_the_numbers_is_refused(changes, message):
     with pytest.raises(ValueError, match=message):
-        families.config_from_hf(PUBLISHED["smollm2"] | changes)
+        hf_config.from_hf(PUBLISHED["smollm2"] | changes)
     neutral = dict(attention_multiplier=1.0, logit_scale=None, no_rope_layers=[], rope_interleaved=False)
-    families.config_from_hf(PUBLISHED["smollm2"] | neutral)
+    hf_config.from_hf(PUBLISHED["smollm2"] | neutral)
 
 
 def test_a_quantised_multimodal_model_is_refused():
     with pytest.raises(ValueError, match="quantised with 'bitsandbytes'"):
-        families.config_from_hf(PUBLISHED["gemma-3-4b"] | {"quantization_config": {"quant_method": "bitsandbytes"}})
+        hf_config.from_hf(PUBLISHED["gemma-3-4b"] | {"quantization_config": {"quant_method": "bitsandbytes"}})
 
 
 def test_unknown_fields_are_one_warning():
     raw = PUBLISHED["llama-3.2"] | {"frobnicate": 3, "rope_scaling": LLAMA3 | {"twist": 1}}
     with pytest.warns(UserWarning, match="play no part: 'frobnicate', 'rope_scaling.twist'") as found:
-        families.config_from_hf(raw)
+        hf_config.from_hf(raw)
     assert len(found) == 1
 
 
 def test_length_of_pretraining_may_stand_above_the_rotary_fields():
     raw = PUBLISHED["qwen3"] | {"original_max_position_embeddings": 32}
-    assert families.config_from_hf(raw).rope_scaling.original_length == 32
+    assert hf_config.from_hf(raw).rope_scaling.original_length == 32
 
 
 ODD = strategies.recursive(
@@ -243,7 +244,7 @@ def works_or_says(read) -> None:
 @hypothesis.given(data=strategies.data(), name=strategies.sampled_from(sorted(PUBLISHED)))
 def test_damaged_configs_are_one_line(data, name):
     bad = damaged(data, PUBLISHED[name])
-    works_or_says(lambda: families.config_from_hf(bad))
+    works_or_says(lambda: hf_config.from_hf(bad))
 
 
 def test_an_odd_value_in_every_field_is_one_line():
@@ -251,14 +252,14 @@ def test_an_odd_value_in_every_field_is_one_line():
     for good in PUBLISHED.values():
         for key in good:
             for value in odd:
-                works_or_says(lambda good=good, key=key, value=value: families.config_from_hf(good | {key: value}))
+                works_or_says(lambda good=good, key=key, value=value: hf_config.from_hf(good | {key: value}))
 
 
 @DAMAGE
 @hypothesis.given(data=strategies.data())
 def test_damaged_files_of_a_folder_are_one_line(data, tmp_path):
     """Weights are not reached: the folder has none."""
-    ours = json.loads(families.config_from_hf(PUBLISHED["smollm2"]).to_json())
+    ours = json.loads(hf_config.from_hf(PUBLISHED["smollm2"]).to_json())
     files = {
         "config.json": PUBLISHED["smollm2"],
         "allmem_config.json": ours,
@@ -272,7 +273,7 @@ def test_damaged_files_of_a_folder_are_one_line(data, tmp_path):
             content = data.draw(strategies.sampled_from([b"", b"\xef\xbb\xbf"])) + content
             content = content[: data.draw(strategies.sampled_from([len(content)] * 5 + [0, 1, len(content) // 2]))]
         (tmp_path / name).write_bytes(content)
-    works_or_says(lambda: convert.read_config(tmp_path))
+    works_or_says(lambda: load_lib.read_config(tmp_path))
 
 
 @pytest.mark.parametrize("name", ["config.json", "allmem_config.json", "generation_config.json"])
@@ -281,13 +282,13 @@ def test_what_is_not_json_names_its_file(name, tmp_path):
     for content in (b"\xff\xfe{", b"[" * 100_000, b"[]", b"{", b'"\xc3"'):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(ValueError, match=name) as error:
-            convert.read_config(tmp_path)
+            load_lib.read_config(tmp_path)
         assert "\n" not in str(error.value)
     good = PUBLISHED["smollm2"] if name == "config.json" else {"eos_token_id": 5}
     if name == "allmem_config.json":
-        good = json.loads(families.config_from_hf(PUBLISHED["smollm2"]).to_json())
+        good = json.loads(hf_config.from_hf(PUBLISHED["smollm2"]).to_json())
     (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + json.dumps(good).encode())
-    assert convert.read_config(tmp_path).d_model == 32
+    assert load_lib.read_config(tmp_path).d_model == 32
 
 
 @pytest.mark.parametrize(
@@ -304,7 +305,7 @@ def test_what_is_not_json_names_its_file(name, tmp_path):
     ],
 )
 def test_our_own_config_is_checked(changes, message):
-    good = json.loads(families.config_from_hf(PUBLISHED["smollm2"]).to_json())
+    good = json.loads(hf_config.from_hf(PUBLISHED["smollm2"]).to_json())
     with pytest.raises(ValueError, match=message):
         config_lib.ModelConfig.from_json(json.dumps(good | changes))
 
@@ -340,7 +341,7 @@ def scaling(**keys) -> config_lib.RopeScaling | None:
     named = {f"llama.rope.scaling.{key}": value for key, value in keys.items()}
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        return families.config_from_gguf(HEADER | named, SHAPES).rope_scaling
+        return gguf_config.from_gguf(HEADER | named, SHAPES).rope_scaling
 
 
 def test_yarn_of_a_gguf_header():
@@ -351,7 +352,7 @@ def test_yarn_of_a_gguf_header():
     assert scaling(yarn_log_multiplier=1.0).attention_factor == 1.0  # Mistral's: the factor is taken back
     assert scaling(attn_factor=0.5).attention_factor == pytest.approx(0.5 * (0.1 * math.log(4) + 1))
     base = {key: value for key, value in HEADER.items() if "scaling" not in key}
-    linear = families.config_from_gguf(base | {"llama.rope.scale_linear": 2.0}, SHAPES).rope_scaling
+    linear = gguf_config.from_gguf(base | {"llama.rope.scale_linear": 2.0}, SHAPES).rope_scaling
     assert linear == config_lib.RopeScaling("linear", 2.0)
 
 
@@ -387,11 +388,11 @@ def test_yarn_of_a_gguf_header():
 def test_gguf_keys_that_are_not_honoured_are_named(key, value):
     more = {"llama.attention.sliding_window": 7} if key.endswith("pattern") else {}
     with pytest.raises(ValueError, match=f"llama.{key}="):
-        families.config_from_gguf(HEADER | {f"llama.{key}": value} | more, SHAPES)
+        gguf_config.from_gguf(HEADER | {f"llama.{key}": value} | more, SHAPES)
 
 
 def test_gguf_keys_that_say_nothing_and_unknown_ones():
-    plain = families.config_from_gguf(HEADER, SHAPES)
+    plain = gguf_config.from_gguf(HEADER, SHAPES)
     silent = {
         "expert_count": 0,
         "attention.scale": 0.25,
@@ -402,9 +403,9 @@ def test_gguf_keys_that_say_nothing_and_unknown_ones():
     }
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert families.config_from_gguf(HEADER | {f"llama.{k}": v for k, v in silent.items()}, SHAPES) == plain
+        assert gguf_config.from_gguf(HEADER | {f"llama.{k}": v for k, v in silent.items()}, SHAPES) == plain
     with pytest.warns(UserWarning, match="play no part: 'llama.attention.wobble', 'llama.wheels'"):
-        families.config_from_gguf(HEADER | {"llama.wheels": 4, "llama.attention.wobble": 1.0}, SHAPES)
+        gguf_config.from_gguf(HEADER | {"llama.wheels": 4, "llama.attention.wobble": 1.0}, SHAPES)
 
 
 def test_which_layers_of_gemma_are_local_may_stand_in_the_header():
@@ -413,9 +414,9 @@ def test_which_layers_of_gemma_are_local_may_stand_in_the_header():
     pattern = "gemma3.attention.sliding_window_pattern"
 
     def layers(value):
-        return families.config_from_gguf(header | {pattern: value}, SHAPES).local_layers
+        return gguf_config.from_gguf(header | {pattern: value}, SHAPES).local_layers
 
-    assert families.config_from_gguf(header, SHAPES).local_layers == (True,) * 5 + (False, True) == layers(6)
+    assert gguf_config.from_gguf(header, SHAPES).local_layers == (True,) * 5 + (False, True) == layers(6)
     assert layers(2) == (True, False) * 3 + (True,)
     flags = np.array([True, False, False, True, True, False, True])
     assert layers(flags) == tuple(flags)
@@ -428,7 +429,7 @@ def test_damaged_gguf_metadata_is_one_line(data):
     bad = dict(HEADER) | {"tokenizer.ggml.eos_token_id": 2, "tokenizer.ggml.model": "gpt2"}
     for key in data.draw(strategies.lists(strategies.sampled_from(sorted(bad)), min_size=1, max_size=3)):
         bad[key] = data.draw(odd)
-    works_or_says(lambda: families.config_from_gguf(bad, SHAPES))
+    works_or_says(lambda: gguf_config.from_gguf(bad, SHAPES))
     works_or_says(lambda: ends.gather(ends.of_gguf(bad), 60))
 
 

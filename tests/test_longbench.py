@@ -11,8 +11,8 @@ import pytest
 import tiny_folder
 from tokenizers import processors
 
+import allmem_jax
 from allmem_jax import cli
-from allmem_jax.checkpoints import convert
 from allmem_jax.decoding import chat as chat_lib
 from allmem_jax.decoding import generation
 from allmem_jax.evaluation import divergence, longbench, longbench_data
@@ -324,11 +324,11 @@ def test_a_template_that_fails_is_one_line():
 def tiny(tmp_path_factory):
     """The folder of a tiny model with a memory, and what is in it."""
     folder = tmp_path_factory.mktemp("model")
-    config, params, tokenizer = convert.load_pretrained(
+    config, params, tokenizer = allmem_jax.load_pretrained(
         tiny_folder.write(folder / "plain"), window=24, sinks=2, chunk=8, d_mem=8
     )
     params = lm.merge_params(params, lm.init_memory(config, seed=1))
-    convert.save_pretrained(folder / "converted", config, params, tokenizer)
+    allmem_jax.save_pretrained(folder / "converted", config, params, tokenizer)
     return folder / "converted", config, params, tokenizer
 
 

@@ -1,11 +1,13 @@
 """A trained memory in a file of its own: what comes back, and what is refused."""
 
+import flax.traverse_util
 import jax
 import numpy as np
 import pytest
 
+import allmem_jax
 from allmem_jax import cli
-from allmem_jax.checkpoints import convert, memory_file
+from allmem_jax.checkpoints import memory_file
 from allmem_jax.model import lm
 from tests import tiny_folder
 from train.experiments import reading
@@ -22,7 +24,7 @@ def plain(tmp_path_factory):
 @pytest.fixture(scope="module")
 def saved(plain, tmp_path_factory):
     """A memory for it with every leaf random, and its file."""
-    loaded, _, _ = convert.load_pretrained(plain)
+    loaded, _, _ = allmem_jax.load_pretrained(plain)
     config = loaded.replace(mixer="allmem", window=24, sinks=2, chunk=8, d_mem=8, read_out="difference")
     leaves, tree = jax.tree.flatten(lm.init_memory(config))
     rng = np.random.default_rng(0)
@@ -34,11 +36,11 @@ def saved(plain, tmp_path_factory):
 
 def test_it_comes_back_to_half_a_step_of_its_scale(plain, saved):
     config, memory, path = saved
-    found, params, _ = convert.load_pretrained(plain, memory=path)
+    found, params, _ = allmem_jax.load_pretrained(plain, memory=path)
     assert found == config.replace(eos_tokens=found.eos_tokens)
     _, got = lm.split_params(params)
     assert jax.tree.structure(got) == jax.tree.structure(memory)
-    flat, wanted = (convert._flatten(tree["layers"]["memory"]) for tree in (got, memory))
+    flat, wanted = (flax.traverse_util.flatten_dict(tree["layers"]["memory"], sep="/") for tree in (got, memory))
     for name, leaf in wanted.items():
         if name.endswith(("q_proj/kernel", "out_proj/kernel")) or name.startswith("fast_"):
             step = np.abs(leaf).max(axis=-2, keepdims=True) / 127
@@ -54,35 +56,35 @@ def test_the_large_parts_take_a_byte_a_number(saved):
 
 
 def test_a_window_may_be_asked_for(plain, saved):
-    found, _, _ = convert.load_pretrained(plain, memory=saved[2], window=12)
+    found, _, _ = allmem_jax.load_pretrained(plain, memory=saved[2], window=12)
     assert (found.window, found.chunk) == (12, 8)
 
 
 def test_converting_with_it(plain, saved, tmp_path, capsys):
     assert cli.main(["convert", str(plain), str(tmp_path / "out"), "--memory", str(saved[2])]) == 0
-    found, params, _ = convert.load_pretrained(tmp_path / "out")
+    found, params, _ = allmem_jax.load_pretrained(tmp_path / "out")
     assert found.mixer == "allmem" and found.window == 24 and "memory" in params["layers"]
     assert cli.main(["convert", str(plain), str(tmp_path / "b"), "--memory", str(saved[2]), "--d-mem", "4"]) == 2
     assert "a trained memory is as it is; leave out d_mem" in capsys.readouterr().err
     with pytest.raises(ValueError, match="has a memory already"):
-        convert.load_pretrained(tmp_path / "out", memory=saved[2])
+        allmem_jax.load_pretrained(tmp_path / "out", memory=saved[2])
 
 
 def test_what_is_no_memory_of_this_model_is_refused(plain, saved, tmp_path):
     config, memory, path = saved
     with pytest.raises(FileNotFoundError, match="memory='nothing': no such file"):
-        convert.load_pretrained(plain, memory="nothing")
+        allmem_jax.load_pretrained(plain, memory="nothing")
     broken = tmp_path / "broken.safetensors"
     broken.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(ValueError, match="truncated or damaged"):
-        convert.load_pretrained(plain, memory=broken)
+        allmem_jax.load_pretrained(plain, memory=broken)
     other = tmp_path / "other.safetensors"
     memory_file.save(other, config.replace(d_ff=config.d_ff + 8), memory)
     with pytest.raises(ValueError, match="is a memory for another model: d_ff"):
-        convert.load_pretrained(plain, memory=other)
+        allmem_jax.load_pretrained(plain, memory=other)
     memory_file.save(other, config, {"layers": {"memory": dict(memory["layers"]["memory"], alpha=np.zeros(3, "f"))}})
     with pytest.raises(ValueError, match="alpha is"):
-        convert.load_pretrained(plain, memory=other)
+        allmem_jax.load_pretrained(plain, memory=other)
 
 
 def test_a_command_takes_it_by_itself(plain, saved, tmp_path, capsys):
@@ -103,7 +105,7 @@ def test_answers_are_kept_apart_by_memory(plain, saved, tmp_path):
     other = tmp_path / "other.safetensors"
     memory_file.save(other, config, memory, "another card")
     names = [None, str(path), str(other)]
-    assert len({cli._fingerprint(plain, cli.Mixing(memory=name)) for name in names}) == 3
+    assert len({cli.options.fingerprint(plain, cli.options.Mixing(memory=name)) for name in names}) == 3
 
 
 def test_what_comes_with_the_package_says_what_it_is():

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from test_model import LENGTH, TINY, random_params, random_split, random_tokens, read_in_pieces, relative, silence
 
-from allmem_jax.checkpoints import convert
+import allmem_jax
 from allmem_jax.decoding import generation
 from allmem_jax.evaluation import divergence
 from allmem_jax.model import config as config_lib
@@ -247,16 +247,16 @@ def test_variants_keep_the_mixer():
 def test_saved_with_its_mixer(tmp_path, mixer):
     config = TINY.replace(mixer=mixer)
     params = random_params(config)
-    convert.save_pretrained(tmp_path / "model", config, params)
-    loaded_config, loaded, _ = convert.load_pretrained(tmp_path / "model")
+    allmem_jax.save_pretrained(tmp_path / "model", config, params)
+    loaded_config, loaded, _ = allmem_jax.load_pretrained(tmp_path / "model")
     assert loaded_config == config
     jax.tree.map(np.testing.assert_array_equal, loaded, params)
-    windowed_config, windowed, _ = convert.load_pretrained(tmp_path / "model", mixer="swa")
+    windowed_config, windowed, _ = allmem_jax.load_pretrained(tmp_path / "model", mixer="swa")
     assert windowed_config.mixer == "swa" and jax.tree.structure(windowed) == jax.tree.structure(params)
     with pytest.raises(ValueError, match=f"is a memory for mixer='{mixer}', not for mixer='allmem'"):
-        convert.load_pretrained(tmp_path / "model", mixer="allmem")
+        allmem_jax.load_pretrained(tmp_path / "model", mixer="allmem")
     with pytest.raises(ValueError, match="missing: fast_gate"):
-        convert.save_pretrained(tmp_path / "other", config.replace(mixer="allmem"), params)
+        allmem_jax.save_pretrained(tmp_path / "other", config.replace(mixer="allmem"), params)
     assert not (tmp_path / "other").exists()
 
 

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from allmem_jax.checkpoints import families
+from allmem_jax.checkpoints import families, hf_config
 from allmem_jax.evaluation import cost
 from allmem_jax.model import config as config_lib
 from allmem_jax.model import sharding
@@ -108,7 +108,7 @@ def test_a_gguf_is_planned_by_its_header(recipe, smollm2_path, monkeypatch):
 @pytest.mark.parametrize("name", config_lib.PRESETS)
 def test_a_preset_and_its_checkpoint_get_as_many_memory_heads(name):
     config = config_lib.preset(name)
-    read = families.config_from_hf(families.config_to_hf(config))
+    read = hf_config.from_hf(hf_config.to_hf(config))
     heads = {1: 4, 2: 4, 3: 3, 5: 5, 8: 8, 32: 8}[config.n_kv_heads]
     assert (config.n_mem, read.n_mem, read.memory_heads) == (heads,) * 3
 

@@ -132,7 +132,7 @@ def test_every_part_is_shown_and_a_second_run_measures_nothing(folder, tmp_path,
     for section in saved["sections"][1:]:
         assert section["command"] and page_lib.html.escape(section["command"]) in html
         assert [section["title"], section["text"][0]] in saved["sections"][0]["tables"][0]["rows"]
-    monkeypatch.setattr(cli, "_load", lambda *_: pytest.fail("a complete report loads no model"))
+    monkeypatch.setattr(cli.options, "load_model", lambda *_: pytest.fail("a complete report loads no model"))
     assert run(folder, tmp_path, "--skip", "cost") == 0
     assert len(calls) == 4 and names(tmp_path) == ["summary", "distance", "answers", "latency"]
     assert capsys.readouterr().err.count("reused from") == 3

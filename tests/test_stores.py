@@ -11,7 +11,7 @@ import pytest
 
 import allmem_jax
 from allmem_jax import cli
-from allmem_jax.checkpoints import convert
+from allmem_jax.checkpoints import load as load_lib
 from allmem_jax.model import state
 from allmem_jax.storage import files, stores
 from tests import tiny_folder
@@ -214,12 +214,12 @@ def test_models_go_to_a_store_and_come_back(folder, url, capsys):
     assert cli.main(["convert", f"{url}/hf", f"{url}/converted", "--window", "16", "--sinks", "2", "--chunk", "8"]) == 0
     config, params, tokenizer = allmem_jax.load_pretrained(f"{url}/converted")
     assert config.window == 16 and "memory" in params["layers"] and tokenizer.encode("the sea")
-    assert convert.read_config(f"{url}/converted") == config.replace(mixer="allmem")
+    assert load_lib.read_config(f"{url}/converted") == config.replace(mixer="allmem")
     capsys.readouterr()
     assert cli.main(["convert", f"{url}/hf", f"{url}/converted"]) == 2
     assert "exists: give another folder" in capsys.readouterr().err
     with pytest.raises(FileExistsError, match="is not empty"):
-        convert.save_pretrained(f"{url}/converted", config, params)
+        allmem_jax.save_pretrained(f"{url}/converted", config, params)
 
 
 @pytest.mark.parametrize(

@@ -13,8 +13,8 @@ import pytest
 import tiny_folder
 from tokenizers import processors
 
+import allmem_jax
 from allmem_jax import cli
-from allmem_jax.checkpoints import convert as convert_lib
 from allmem_jax.decoding import generation
 from allmem_jax.evaluation import divergence, recall
 from allmem_jax.evaluation import questions as questions_lib
@@ -265,16 +265,16 @@ def test_what_cannot_be_asked_is_refused(tokenizer, tmp_path):
 def folder(tmp_path_factory):
     """A converted model whose memory does something."""
     path = tiny_folder.write(tmp_path_factory.mktemp("models") / "plain")
-    config, params, tokenizer = convert_lib.load_pretrained(path, window=400, sinks=SINKS, chunk=8, d_mem=8)
+    config, params, tokenizer = allmem_jax.load_pretrained(path, window=400, sinks=SINKS, chunk=8, d_mem=8)
     config = config.replace(mixer="allmem", alpha_init=0.5)
     params = lm.merge_params(params, lm.init_memory(config))
-    convert_lib.save_pretrained(path.parent / "converted", config, params, tokenizer)
+    allmem_jax.save_pretrained(path.parent / "converted", config, params, tokenizer)
     return path.parent / "converted"
 
 
 @pytest.fixture(scope="module")
 def loaded(folder):
-    return convert_lib.load_pretrained(folder)
+    return allmem_jax.load_pretrained(folder)
 
 
 @pytest.mark.slow
@@ -480,7 +480,7 @@ def test_the_recorded_command_asks_for_the_same(monkeypatch):
     assert (
         recall.Settings(**{field.name: asked[field.name] for field in dataclasses.fields(recall.Settings)}) == settings
     )
-    assert asked["mixing"] == cli.Mixing(None, "swa", 40, 3, 10, "bfloat16")
+    assert asked["mixing"] == cli.options.Mixing(40, 3, 10, None, "swa", "bfloat16")
     assert cli.main(shlex.split(recall.command(paths[0], (), None, settings, config))[1:]) == 0
     assert asked["texts"] == () and asked["questions"] is None and asked["out"] == pathlib.Path("out/recall")
 

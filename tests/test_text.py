@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import decoders, models, pre_tokenizers
 
-from allmem_jax.checkpoints import convert as convert_lib
+import allmem_jax
 from allmem_jax.decoding import chat, generation
 from allmem_jax.model import config as config_lib
 from allmem_jax.model import lm
@@ -174,7 +174,7 @@ def test_thinking_is_the_templates_switch():
 def random_model(tmp_path_factory):
     """Answers depend on every token that was read."""
     path = tiny_folder.write(tmp_path_factory.mktemp("models") / "random")
-    return convert_lib.load_pretrained(path, mixer="swa", window=512, sinks=2)
+    return allmem_jax.load_pretrained(path, mixer="swa", window=512, sinks=2)
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from allmem_jax.checkpoints import convert
+import allmem_jax
+from allmem_jax.checkpoints import load as load_lib
 from allmem_jax.model import config as config_lib
 from allmem_jax.model import lm, sharding
 from allmem_jax.storage import stores
@@ -261,7 +262,7 @@ def test_schedule_rises_holds_and_falls():
 def test_the_memory_of_a_folder_is_trained_as_it_is(recipe, tmp_path):
     """None leaves every field to the folder; a value that differs from its memory is refused, all in one error."""
     path = tiny_folder.write(tmp_path / "plain")
-    plain = convert.read_config(path)
+    plain = load_lib.read_config(path)
     unlike = dict(
         qk_scale="rms",
         n_mem=3,
@@ -273,9 +274,9 @@ def test_the_memory_of_a_folder_is_trained_as_it_is(recipe, tmp_path):
         momentum_init=0.3,
     )
     config = plain.replace(mixer="allmem", write=False, **unlike)
-    _, backbone, tokenizer = convert.load_pretrained(path)
+    _, backbone, tokenizer = allmem_jax.load_pretrained(path)
     memory = lm.init_memory(config, seed=7)
-    convert.save_pretrained(tmp_path / "saved", config, lm.merge_params(backbone, memory), tokenizer)
+    allmem_jax.save_pretrained(tmp_path / "saved", config, lm.merge_params(backbone, memory), tokenizer)
     recipe = dataclasses.replace(recipe, model=str(tmp_path / "saved"), d_mem=None)
     start = finetune.load(recipe)
     assert {name: getattr(start.config, name) for name in unlike} == unlike and not start.config.write

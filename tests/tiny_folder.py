@@ -9,7 +9,8 @@ import tokenizers
 import transformers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from allmem_jax.checkpoints import convert as convert_lib
+import allmem_jax
+from allmem_jax.checkpoints import layout
 from allmem_jax.model import config as config_lib
 from allmem_jax.model import lm
 
@@ -54,6 +55,6 @@ def write(path: pathlib.Path) -> pathlib.Path:
     shapes = jax.eval_shape(lambda: lm.init_params(config.replace(mixer="full")))
     rng = np.random.default_rng(0)
     params = jax.tree.map(lambda leaf: jnp.asarray(rng.normal(0, 0.3, leaf.shape), jnp.float32), shapes)
-    convert_lib.save_pretrained(path, config, params, tokenizer)
-    (path / convert_lib.ALLMEM_CONFIG).unlink()
+    allmem_jax.save_pretrained(path, config, params, tokenizer)
+    (path / layout.ALLMEM_CONFIG).unlink()
     return path

@@ -28,7 +28,9 @@ import tyro
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from allmem_jax.checkpoints import convert, tokenizer
+from allmem_jax.checkpoints import layout, tokenizer
+from allmem_jax.checkpoints import load as load_lib
+from allmem_jax.checkpoints import save as save_lib
 from allmem_jax.checkpoints import start as start_lib
 from allmem_jax.model import config as config_lib
 from allmem_jax.model import lm, sharding
@@ -73,9 +75,7 @@ def load(config: FinetuneConfig) -> Pretrained:
                 " file that has it"
             )
         return Pretrained(config.student(config_lib.preset(config.model), remembers=False), None, None, found)
-    loaded, params, found = convert.load_pretrained(config.model, dtype=config.backbone_dtype)
-    if found is None:
-        raise ValueError(f"{config.model} has no tokenizer, which the texts need; add its tokenizer.json")
+    loaded, params, found = load_lib.load_with_tokenizer(config.model, dtype=config.backbone_dtype)
     backbone, memory = lm.split_params(params)
     fields = config.student(loaded, remembers=bool(memory))
     return Pretrained(fields, backbone, memory or new_memory(config, fields, backbone, found), found)
@@ -399,12 +399,12 @@ def export(config: FinetuneConfig, pretrained: Pretrained, trained: lm.Params) -
         backbone, memory = lm.split_params(trained)
         leaves = jax.tree_util.tree_leaves_with_path(memory)
         flat = {sharding.path_string(path): np.asarray(leaf, np.float32) for path, leaf in leaves}
-        files.write(stores.join(config.out, convert.ALLMEM_CONFIG), pretrained.config.to_json())
+        files.write(stores.join(config.out, layout.ALLMEM_CONFIG), pretrained.config.to_json())
         if config.export and config.model != "tiny":
             params = lm.merge_params(backbone or pretrained.backbone, memory)
             folder = stores.join(config.out, "model")
-            convert.save_pretrained(folder, pretrained.config, params, pretrained.tokenizer, overwrite=True)
-        weights = stores.join(config.out, convert.ALLMEM_WEIGHTS)
+            save_lib.save_pretrained(folder, pretrained.config, params, pretrained.tokenizer, overwrite=True)
+        weights = stores.join(config.out, layout.ALLMEM_WEIGHTS)
         files.write(weights, safetensors.numpy.save(flat))  # last: a run that has it is complete
     distributed.wait_for_all("exported")
 
@@ -412,7 +412,7 @@ def export(config: FinetuneConfig, pretrained: Pretrained, trained: lm.Params) -
 def trained_memory(out: str | os.PathLike[str]) -> lm.Params:
     """The memory that a run wrote, {"layers": {"memory": ...}}."""
     tree: lm.Params = {}
-    for name, value in safetensors.numpy.load(stores.read(stores.join(out, convert.ALLMEM_WEIGHTS))).items():
+    for name, value in safetensors.numpy.load(stores.read(stores.join(out, layout.ALLMEM_WEIGHTS))).items():
         *folders, last = name.split("/")
         node = functools.reduce(lambda at, key: at.setdefault(key, {}), folders, tree)
         node[last] = jnp.asarray(value)

@@ -28,7 +28,8 @@ import tqdm
 import tyro
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from allmem_jax.checkpoints import convert, families
+from allmem_jax.checkpoints import families, layout
+from allmem_jax.checkpoints import load as load_lib
 from allmem_jax.decoding import chat, generation
 from allmem_jax.model import config as config_lib
 from allmem_jax.model import lm, sharding
@@ -128,14 +129,12 @@ def load(command: Command) -> Student:
     if command.model == "tiny":
         config, params, tokenizer = tiny.CONFIG.replace(mixer="full"), tiny.backbone(), tiny.ByteTokenizer()
     else:
-        config, params, tokenizer = convert.load_pretrained(command.model, dtype=command.dtype)
-    if tokenizer is None:
-        raise ValueError(f"{command.model} has no tokenizer, which the prompts need; add its tokenizer.json")
+        config, params, tokenizer = load_lib.load_with_tokenizer(command.model, dtype=command.dtype)
     stops = stop_tokens(tokenizer, config)
     if command.memory:
-        file = stores.join(command.memory, convert.ALLMEM_CONFIG)
+        file = stores.join(command.memory, layout.ALLMEM_CONFIG)
         if not stores.names(file):
-            name = convert.ALLMEM_CONFIG
+            name = layout.ALLMEM_CONFIG
             raise ValueError(f"memory={command.memory!r} has no {name}: give the output folder of a finished run")
         saved = config_lib.ModelConfig.from_json(stores.read(file).decode())
         if differing := families.differing_fields(saved, config):

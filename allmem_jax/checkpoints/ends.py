@@ -12,30 +12,11 @@ from typing import Any
 import transformers
 
 # What the supported families, and models tuned from them, end a text or a turn with.
-TURN_ENDS = (
-    "<|im_end|>",
-    "<|eot_id|>",
-    "<|eom_id|>",
-    "<|end_of_text|>",
-    "<|endoftext|>",
-    "<end_of_turn>",
-    "<|end|>",
-    "</s>",
-    "<eos>",
-    "<EOT>",
-    "[EOT]",
-    "[EOS]",
-    "<end_of_utterance>",
-    "<\uff5cend\u2581of\u2581sentence\uff5c>",
-)
-_GGUF_KEYS = (
-    "eos_token_id",
-    "eot_token_id",
-    "eom_token_id",
-    "fim_pad_token_id",
-    "fim_rep_token_id",
-    "fim_sep_token_id",
-)
+TURN_ENDS = """
+    <|im_end|> <|eot_id|> <|eom_id|> <|end_of_text|> <|endoftext|> <end_of_turn> <|end|> </s> <eos> <EOT> [EOT] [EOS]
+    <end_of_utterance> <\uff5cend\u2581of\u2581sentence\uff5c>
+""".split()
+_GGUF_KEYS = tuple(f"tokenizer.ggml.{name}_token_id" for name in "eos eot eom fim_pad fim_rep fim_sep".split())
 _MARKER = "ANSWER"
 
 
@@ -87,7 +68,7 @@ def of_hf(config: Mapping[str, Any], generation: Mapping[str, Any]) -> dict[str,
 
 def of_gguf(metadata: Mapping[str, Any]) -> dict[str, Any]:
     """What a GGUF file's header says, by key; the keys that llama.cpp ends a text at."""
-    return {key: metadata.get(key) for key in (f"tokenizer.ggml.{name}" for name in _GGUF_KEYS)}
+    return {key: metadata.get(key) for key in _GGUF_KEYS}
 
 
 def gather(stated: Mapping[str, Any], vocab_size: int) -> tuple[int, ...]:

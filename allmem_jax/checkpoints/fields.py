@@ -50,24 +50,19 @@ _HONOURED_ROPE = _kinds(
     }
 )
 # Refused unless they say no, or that something is multiplied by one.
-_REFUSED = tuple(
-    """
+_REFUSED = """
     attn_logit_softcapping final_logit_softcapping use_bidirectional_attention rope_interleaved no_rope_layers
     no_rope_layer_interval clip_qkv alibi use_mrope use_qk_norm qk_layernorm num_experts num_local_experts
     n_routed_experts attention_chunk_size attn_temperature_tuning is_encoder_decoder add_cross_attention pruned_heads
     llama_4_scaling mrope_section llama_4_scaling_beta short_factor long_factor scale_attention_by_inverse_layer_idx
 """.split()
-)
-_REFUSED_FACTORS = tuple(
-    """
+_REFUSED_FACTORS = """
     partial_rotary_factor attention_multiplier residual_multiplier embedding_multiplier logits_scaling logit_scale
     embedding_scale residual_scale extrapolation_factor attn_factor rotary_pct
 """.split()
-)
 # What transformers writes beside them, and what published files of these families hold: names, dropout of training,
 # how to generate, images of multimodal models, remarks of other programs.
-_HARMLESS = frozenset(
-    """
+_HARMLESS = """
     architectures transformers_version dtype torch_dtype name_or_path auto_map tokenizer_class transformers.js_config
     is_llama_config pretraining_tp initializer_range attention_dropout hidden_dropout hidden_dropout_prob attn_pdrop
     attn_dropout embd_pdrop embd_dropout resid_pdrop residual_dropout mlp_dropout dropout use_cache
@@ -83,7 +78,6 @@ _HARMLESS = frozenset(
     tokenizer_model_max_length boi_token_index eoi_token_index image_token_index boi_token_id eoi_token_id
     image_token_id mm_tokens_per_image vision_config unsloth_fixed unsloth_version neftune_noise_alpha finetuned
 """.split()
-)
 
 
 def check_hf(raw: Mapping[str, Any]) -> None:
@@ -145,18 +139,14 @@ _HONOURED_GGUF = _kinds(
         _FLAG: "attention.causal",
     }
 )
-_READ_GGUF = tuple(
-    """
+_READ_GGUF = """
     attention.head_count attention.head_count_kv feed_forward_length attention.sliding_window_pattern
     rope.scaling.yarn_log_multiplier
 """.split()
-)
-_HARMLESS_GGUF = tuple(
-    """
+_HARMLESS_GGUF = """
     vocab_size tensor_data_layout rope.scaling.finetuned attention.layer_norm_epsilon pooling_type
     decoder_start_token_id
 """.split()
-)
 # What a value may be beside false and zero: -1 is llama.cpp's "as usual".
 _NEUTRAL = {
     "rope.scaling.yarn_ext_factor": (1, -1),

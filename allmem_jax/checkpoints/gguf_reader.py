@@ -5,6 +5,7 @@ held against the file's size before it is used, so that a damaged or hostile hea
 The quantised blocks themselves are decoded by the `gguf` package.
 """
 
+import math
 import mmap
 import pathlib
 import struct
@@ -151,12 +152,9 @@ def _place_tensors(path, entries, header_end: int, alignment: int, size: int) ->
             raise ValueError(
                 f"{path}: tensor {name!r} has the unknown encoding {kind}; update the gguf package"
             ) from None
-        count = 1
-        for length in shape:
-            count *= length
         if shape[-1] % block:
             raise ValueError(f"{path}: damaged GGUF: rows of {name!r} ({shape[-1]}) are no multiple of {block}")
-        n_bytes = count // block * block_bytes
+        n_bytes = math.prod(shape) // block * block_bytes
         if start + offset + n_bytes > size:
             raise ValueError(
                 f"{path}: truncated GGUF: tensor {name!r} ends at byte {start + offset + n_bytes}, "

@@ -15,10 +15,9 @@ from typing import Any
 
 import flax.traverse_util
 import numpy as np
-import safetensors
 import safetensors.numpy
 
-from allmem_jax.checkpoints import families
+from allmem_jax.checkpoints import families, layout
 from allmem_jax.model import config as config_lib
 from allmem_jax.storage import files, stores
 
@@ -74,9 +73,9 @@ def load(name: str | os.PathLike[str], found: config_lib.ModelConfig) -> tuple[c
       ValueError: the file is damaged, or for another model.
     """
     path = find(name)
-    config, _ = describe(path)
-    with safetensors.safe_open(path, framework="np") as file:
-        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
+    file = layout.open_safetensors(path)
+    config, _ = _header(path, file)
+    tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
     if differing := families.differing_fields(config, found):
         raise ValueError(f"{path} is a memory for another model: {', '.join(differing)}")
     flat = {}
@@ -91,11 +90,11 @@ def load(name: str | os.PathLike[str], found: config_lib.ModelConfig) -> tuple[c
 def describe(name: str | os.PathLike[str]) -> tuple[config_lib.ModelConfig, str]:
     """The converted model's config and the model card that a memory's file holds; `name` and errors as for `load`."""
     path = find(name)
-    try:
-        with safetensors.safe_open(path, framework="np") as file:
-            header = file.metadata() or {}
-    except safetensors.SafetensorError as error:
-        raise ValueError(f"{path}: truncated or damaged safetensors file ({error}); fetch it again") from None
+    return _header(path, layout.open_safetensors(path))
+
+
+def _header(path: pathlib.Path, file: Any) -> tuple[config_lib.ModelConfig, str]:
+    header = file.metadata() or {}
     if "allmem_config" not in header:
         raise ValueError(f"{path} says nothing of the model it is for: it is no memory that `memory_file.save` wrote")
     try:

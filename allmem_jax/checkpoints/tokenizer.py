@@ -156,16 +156,9 @@ def from_gguf(file: gguf_reader.GGUFFile) -> transformers.PreTrainedTokenizerFas
         raise ValueError(f"tokenizer {kind!r:.80} is not supported; supported in GGUF: 'gpt2', 'llama'")
     if kind == "gpt2" and not (isinstance(pre, str) and pre in _SPLITS):
         raise ValueError(f"pre-tokenizer {pre!r:.80} is not supported; supported: {', '.join(_SPLITS)}")
-    special = {
-        f"{name}_token": tokens[fields[key]]
-        for name, key in (
-            ("bos", "bos_token_id"),
-            ("eos", "eos_token_id"),
-            ("unk", "unknown_token_id"),
-            ("pad", "padding_token_id"),
-        )
-        if 0 <= fields.get(key, -1) < len(tokens)
-    }
+    names = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
+    ids = {f"{name}_token": fields.get(f"{key}_token_id", -1) for name, key in names.items()}
+    special = {name: tokens[index] for name, index in ids.items() if 0 <= index < len(tokens)}
     if kind == "gpt2":
         backend = _byte_level(fields, pre)
     else:

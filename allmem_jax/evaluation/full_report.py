@@ -18,7 +18,8 @@ from typing import Any, NamedTuple
 
 import tqdm
 
-from allmem_jax.checkpoints import convert
+from allmem_jax.checkpoints import layout
+from allmem_jax.checkpoints import load as load_lib
 from allmem_jax.evaluation import cost, divergence_report, latency, longbench, longbench_data, recall
 from allmem_jax.evaluation import questions as questions_lib
 from allmem_jax.model import config as config_lib
@@ -130,9 +131,9 @@ def run(settings: Settings, load: Callable[[], tuple[Any, Any, Any]]) -> tuple[p
 
 def read_config(folder: pathlib.Path) -> config_lib.ModelConfig:
     """The config of a converted model, without its weights."""
-    if not (folder / convert.ALLMEM_CONFIG).is_file():
+    if not (folder / layout.ALLMEM_CONFIG).is_file():
         raise FileNotFoundError(f"{folder} is not a converted model: make one of it with allmem convert {folder} OUT")
-    return convert.read_config(folder)
+    return load_lib.read_config(folder)
 
 
 def key(settings: dict[str, Any]) -> str:

@@ -22,7 +22,8 @@ import jinja2
 import numpy as np
 import tqdm
 
-from allmem_jax.checkpoints import convert
+from allmem_jax.checkpoints import layout
+from allmem_jax.checkpoints import load as load_lib
 from allmem_jax.checkpoints import tokenizer as tokenizer_lib
 from allmem_jax.decoding import chat, generation
 from allmem_jax.evaluation import harness_arguments
@@ -165,11 +166,11 @@ class AllMemHarness(TemplateLM):
     def _load(self, fields: dict[str, Any], dtype: Any, tokenizer: str | None) -> None:
         """The model with some fields of its config replaced, its tokenizer or another, and what ends a text."""
         path, mixer = pathlib.Path(self.pretrained), fields.get("mixer")
-        if mixer in config_lib.MEMORY_MIXERS and path.exists() and not (path / convert.ALLMEM_WEIGHTS).is_file():
+        if mixer in config_lib.MEMORY_MIXERS and path.exists() and not (path / layout.ALLMEM_WEIGHTS).is_file():
             raise ValueError(f"mixer={mixer!r}, and {path} has no memory: convert it, or give mixer=swa or full")
         self.tokenizer: Any
         dtype = harness_arguments.dtype(dtype, path)
-        self.config, self.params, self.tokenizer = convert.load_pretrained(path, dtype=dtype, **fields)
+        self.config, self.params, self.tokenizer = load_lib.load_pretrained(path, dtype=dtype, **fields)
         self.tokenizer = self.tokenizer if tokenizer is None else tokenizer_lib.load_tokenizer(tokenizer)
         if self.tokenizer is None or self.tokenizer.eos_token_id is None:
             raise ValueError(f"{tokenizer or path} has no tokenizer with an end of text: copy the original's into it")
@@ -180,7 +181,7 @@ class AllMemHarness(TemplateLM):
             raise ValueError(f"prefix_token_id={self.prefix_token_id} is outside the vocabulary of {vocabulary}")
         if self.add_bos_token is not None:
             self.tokenizer.add_bos_token = self.add_bos_token
-        ends = None if (path / convert.ALLMEM_CONFIG).is_file() else harness_arguments.end_tokens(path)
+        ends = None if (path / layout.ALLMEM_CONFIG).is_file() else harness_arguments.end_tokens(path)
         stops = chat.stop_tokens(self.tokenizer, self.config) if ends is None else ends
         self.stop_tokens = sorted({*stops, self.tokenizer.eos_token_id})
 

@@ -85,15 +85,13 @@ def read(path: AnyPath) -> bytes:
     """The content of a file."""
     if not is_url(path):
         return pathlib.Path(path).read_bytes()
-    system, root = _open(path)
-    with _naming(path, "read"):
+    with _opened(path, "read") as (system, root):
         return system.cat_file(root)
 
 
 def write(url: AnyPath, content: bytes) -> None:
     """Writes an object, which is there whole or not at all."""
-    system, root = _open(url)
-    with _naming(url, "written"):
+    with _opened(url, "written") as (system, root):
         system.pipe_file(root, content)
 
 
@@ -116,11 +114,10 @@ def taken(path: AnyPath) -> bool:
 
 def get(url: AnyPath, wanted: Iterable[str], folder: pathlib.Path) -> None:
     """Copies files below a URL, as `names` gives them, into a folder; "." becomes the folder itself."""
-    system, root = _open(url)
-    pairs = [(_at(root, name), folder / name) for name in wanted]
-    for _, file in pairs:
-        file.parent.mkdir(parents=True, exist_ok=True)
-    with _naming(url, "read"):
+    with _opened(url, "read") as (system, root):
+        pairs = [(_at(root, name), folder / name) for name in wanted]
+        for _, file in pairs:
+            file.parent.mkdir(parents=True, exist_ok=True)
         system.get([there for there, _ in pairs], [str(here) for _, here in pairs], callback=_bar(url))
         short = [there for there, here in pairs if here.stat().st_size != system.size(there)]
     if short:
@@ -129,16 +126,14 @@ def get(url: AnyPath, wanted: Iterable[str], folder: pathlib.Path) -> None:
 
 def put(folder: pathlib.Path, wanted: Iterable[str], url: AnyPath) -> None:
     """Copies files in a folder to below a URL, each of them whole."""
-    system, root = _open(url)
-    pairs = [(str(folder / name), _at(root, name)) for name in wanted]
-    with _naming(url, "written"):
+    with _opened(url, "written") as (system, root):
+        pairs = [(str(folder / name), _at(root, name)) for name in wanted]
         system.put([here for here, _ in pairs], [there for _, there in pairs], callback=_bar(url))
 
 
 def remove(url: AnyPath, wanted: Iterable[str]) -> None:
     """Removes files below a URL, in this order."""
-    system, root = _open(url)
-    with _naming(url, "removed"):
+    with _opened(url, "removed") as (system, root):
         for name in wanted:
             system.rm_file(_at(root, name))
 
@@ -207,8 +202,7 @@ def check_writable(path: AnyPath, field: str = "out") -> None:
     """
     try:
         if is_url(path):
-            system, root = _open(path)
-            with _naming(path, "written"):
+            with _opened(path, "written") as (system, root):
                 probe = f"{root}/.allmem-{uuid.uuid4().hex}"
                 system.pipe_file(probe, b"x")
                 system.rm_file(probe)
@@ -246,9 +240,8 @@ def _name(url: AnyPath) -> str:
 
 def _listing(url: AnyPath) -> dict[str, Any]:
     """What the store knows of each file below a URL; see `names`."""
-    system, root = _open(url)
     found: Any = {}
-    with _naming(url, "read"), contextlib.suppress(FileNotFoundError):
+    with _opened(url, "read") as (system, root), contextlib.suppress(FileNotFoundError):
         system.invalidate_cache()
         found = system.find(root, detail=True)
     files = {pathlib.PurePosixPath(there[len(root) :].lstrip("/")): info for there, info in dict(found).items()}
@@ -278,8 +271,9 @@ def _stamps(folder: pathlib.Path) -> dict[str, tuple[int, int]]:
     return {name: (stat.st_size, stat.st_mtime_ns) for name, stat in stats.items()}
 
 
-def _open(url: AnyPath) -> tuple[Any, str]:
-    """The file system of a URL, and the path in it."""
+@contextlib.contextmanager
+def _opened(url: AnyPath, done: str) -> Iterator[tuple[Any, str]]:
+    """The file system of a URL, and the path in it; what fails there is an error that names the URL."""
     url = _url(url)
     scheme, _, rest = url.partition("://")
     options = {"auto_mkdir": True} if scheme in ("file", "local") else {}
@@ -292,11 +286,13 @@ def _open(url: AnyPath) -> tuple[Any, str]:
     logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # what it warns of is raised as well, or does no harm
     try:
         with _naming(url, "reached"):
-            return fsspec.url_to_fs(url, **options)
+            found = fsspec.url_to_fs(url, **options)
     except ImportError as error:
         package = _PACKAGES.get(scheme)
         fix = f"pip install {package}, or allmem-jax[stores]" if package else str(error)
         raise ValueError(f"{url}: the package for {scheme}:// is missing: {fix}") from None
+    with _naming(url, done):
+        yield found
 
 
 @contextlib.contextmanager

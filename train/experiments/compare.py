@@ -16,7 +16,7 @@ import numpy as np
 import tqdm
 import tyro
 
-from allmem_jax.checkpoints import convert
+from allmem_jax.checkpoints import load as load_lib
 from allmem_jax.checkpoints import tokenizer as tokenizer_lib
 from allmem_jax.evaluation import divergence as divergence_lib
 from allmem_jax.model import config as config_lib
@@ -76,9 +76,7 @@ def run(config: CompareConfig) -> dict[str, dict[str, tuple[float, float]]]:
         raise ValueError(f"windows={config.windows} and sinks={config.sinks} must pair up, one of each at least")
     if max(config.windows) >= config.length:
         raise ValueError(f"windows={config.windows} must be shorter than length={config.length}")
-    model_config, params, tokenizer = convert.load_pretrained(config.model or fetch.fetch("smollm2"))
-    if tokenizer is None:
-        raise ValueError(f"{config.model} has no tokenizer")
+    model_config, params, tokenizer = load_lib.load_with_tokenizer(config.model or fetch.fetch("smollm2"))
     backbone, _ = lm.split_params(params)
     pairs = list(zip(config.windows, config.sinks, strict=True))
     results = {}

@@ -20,7 +20,7 @@ import numpy as np
 import tqdm
 import tyro
 
-from allmem_jax.checkpoints import convert, memory_file
+from allmem_jax.checkpoints import layout, memory_file
 from allmem_jax.checkpoints import tokenizer as tokenizer_lib
 from allmem_jax.decoding import chat
 from allmem_jax.evaluation import cost, divergence, divergence_report, recall
@@ -291,7 +291,7 @@ def settings_section(memory: FinetuneConfig) -> sections.Section:
         f"allmem report {exported} --out out/report",
         f"allmem info {exported}",
     ]
-    saved = config_lib.ModelConfig.from_json(pathlib.Path(memory.out, convert.ALLMEM_CONFIG).read_text())
+    saved = config_lib.ModelConfig.from_json(pathlib.Path(memory.out, layout.ALLMEM_CONFIG).read_text())
     settings = memory.identity() | {name: getattr(saved, name) for name in MEMORY}
     rows = tuple((name, str(value)) for name, value in settings.items())
     table = sections.Table("", ("setting", "value"), rows)

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from allmem_jax.checkpoints import convert
+from allmem_jax.checkpoints import load as load_lib
 from allmem_jax.checkpoints import tokenizer as tokenizer_lib
 from allmem_jax.decoding import chat as text_lib
 from allmem_jax.decoding import generation
@@ -27,8 +27,8 @@ NAME = "read_once"
 
 
 def load(path: str, memory: str, window: int) -> finetune.Pretrained:
-    """A pretrained model with a trained memory, see `convert.load_pretrained`."""
-    config, params, tokenizer = convert.load_pretrained(path, memory=memory, window=window)
+    """A pretrained model with a trained memory, see `load_pretrained`."""
+    config, params, tokenizer = load_lib.load_pretrained(path, memory=memory, window=window)
     return finetune.Pretrained(config, *lm.split_params(params), tokenizer)
 
 

@@ -9,17 +9,15 @@ Memory comes from the compiler of those devices (what does not fit is its own er
 import math
 import warnings
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from allmem_jax.checkpoints import convert
+from allmem_jax.checkpoints import load as load_lib
 from allmem_jax.model import config as config_lib
 from allmem_jax.model import sharding
-from allmem_jax.storage import stores
 from pallas_kernels.tools import topology
 from train.loop import compiled as compiled_lib
 from train.loop import flops, steps, tiny
@@ -75,10 +73,8 @@ def planned_config(config: FinetuneConfig) -> config_lib.ModelConfig:
     """The student's config from a preset's name, or from a model whose weights are not read."""
     if config.model == "tiny":
         return config.student(tiny.CONFIG, remembers=False)
-    found = convert.read_config(config.model)
-    preset = not stores.is_url(config.model) and not Path(config.model).expanduser().exists()
-    remembers = not preset and found.mixer in config_lib.MEMORY_MIXERS
-    return config.student(found, remembers)
+    found = load_lib.read_config(config.model)
+    return config.student(found, remembers=found.mixer in config_lib.MEMORY_MIXERS)
 
 
 def compile_step(config: FinetuneConfig, model_config: config_lib.ModelConfig, mesh: Mesh) -> Plan:
