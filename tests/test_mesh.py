@@ -10,8 +10,8 @@ pytestmark = pytest.mark.slow
 
 PROGRAM = """
 import jax, jax.numpy as jnp, numpy as np
-from allmem_jax import config as config_lib, model, sharding
-from train import steps
+from allmem_jax.model import config as config_lib, lm, sharding
+from train.loop import steps
 
 CONFIG = config_lib.ModelConfig(
     vocab_size=96, d_model=32, n_layers=2, n_heads=8, n_kv_heads=4, head_dim=8, d_ff=64, window=16, sinks=2, chunk=8,
@@ -21,9 +21,9 @@ rng = np.random.default_rng(0)
 tokens = rng.integers(0, 96, (8, 65)).astype(np.int32)
 segments = np.repeat([1, 2, 3, 0], [16, 24, 16, 8])[None].repeat(8, 0).astype(np.int32)
 batch = steps.Batch(tokens[:, :-1], tokens[:, 1:], (rng.random((8, 64)) < 0.8) & (segments > 0), segments)
-params = model.init_params(CONFIG)
+params = lm.init_params(CONFIG)
 params["layers"]["memory"]["alpha"] = jnp.full((2, 32), 0.3)
-backbone, memory = model.split_params(params)
+backbone, memory = lm.split_params(params)
 losses = {
     "distill": steps.Loss(positions=0.5, inside_weight=0.5, ce_weight=0.1, block=16),
     "pretrain": steps.Loss(positions=1.0, block=16),
@@ -83,7 +83,7 @@ def test_tokens_are_exchanged_for_heads():
         PROGRAM
         + """
 import math, re
-from train import plan
+from train.loop import plan
 from train.recipe import FinetuneConfig
 recipe = FinetuneConfig(model="tiny", out="unused", batch=2, seq_length=128, window=(32, 32), sinks=(2, 2), chunk=(16,),
                         d_mem=8, n_mem=4, mesh=(2, 1, 1, 4), loss_block=8)

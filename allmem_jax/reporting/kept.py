@@ -11,6 +11,11 @@ from typing import Any
 from allmem_jax.storage import files
 
 
+def say(message: str) -> None:
+    """Prints a line at once."""
+    print(message, flush=True)
+
+
 def key(depends: Any) -> str:
     """A short name for JSON values and, as results depend on code too, the version of this package."""
     content = [importlib.metadata.version("allmem-jax"), depends]
@@ -24,7 +29,7 @@ def result(
     work: Callable[[], Any],
     *,
     what: str = "",
-    say: Callable[[str], Any] = print,
+    say: Callable[[str], Any] = say,
 ) -> Any:
     """The JSON value of `work`, or what an earlier run left of it.
 

@@ -77,6 +77,11 @@ def load_trained(config: FinetuneConfig) -> Pretrained:
     return found._replace(origin=checkpoint.content_hash(found.backbone))
 
 
+def lineage(found: Pretrained) -> str:
+    """What tells the parameters of a model from others, where its origin is known."""
+    return f"{found.origin} {checkpoint.content_hash(found.memory)}"
+
+
 def new_memory(config: FinetuneConfig, fields: config_lib.ModelConfig, backbone: Any, tokenizer: Any) -> lm.Params:
     """A memory that no training has seen, made as the recipe says, for a model of config `fields`."""
     if config.start == "random":
