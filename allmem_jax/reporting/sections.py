@@ -66,6 +66,14 @@ class Section:
     data: Any = None
 
 
+def plain(table: Table) -> str:
+    """A table as lines of text: its caption, then columns."""
+    rows = [table.header, *table.rows]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ("  ".join([first.ljust(widths[0]), *map(str.rjust, rest, widths[1:])]) for first, *rest in rows)
+    return "\n".join([table.caption, *lines])
+
+
 def command(name: str, *words: Any, **options: Any) -> str:
     """The `allmem` command that a user types: `words` and the options that are set; True is a flag, a tuple a list."""
     return _line(["allmem", name, *words], options)
@@ -76,8 +84,8 @@ def program(module: str, settings: Any, positional: Sequence[str] = ()) -> str:
 
     `positional` are the fields that are given without their names; they come first.
     """
-    fields = {field.name: getattr(settings, field.name) for field in dataclasses.fields(settings)}
-    changed = {name: value for name, value in fields.items() if value != getattr(type(settings), name, None)}
+    defaults = {field.name: field.default for field in dataclasses.fields(settings)}
+    changed = {name: value for name, value in vars(settings).items() if value != defaults[name]}
     words = [changed.pop(name) for name in positional if name in changed]
     return _line(["python", "-m", module, *words], changed)
 

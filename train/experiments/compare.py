@@ -20,7 +20,7 @@ from allmem_jax.checkpoints import convert
 from allmem_jax.evaluation import divergence as divergence_lib
 from allmem_jax.model import config as config_lib
 from allmem_jax.model import lm
-from allmem_jax.storage import stores
+from allmem_jax.storage import files, stores
 from train import errors, fetch
 
 
@@ -108,7 +108,7 @@ def main() -> None:
         results = run(config)
         print(show(results))
         if config.out:
-            config.out.write_text(json.dumps(results, indent=1))
+            files.write(config.out, json.dumps(results, indent=1))
 
 
 if __name__ == "__main__":

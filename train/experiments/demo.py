@@ -181,17 +181,13 @@ def load_model(recipe: FinetuneConfig) -> models.Pretrained:
 
 def untrained(loaded: models.Pretrained) -> list[divergence.Variant]:
     """Windowed attention alone, and with a fresh memory, which must equal it."""
-    swa = divergence.Variant(divergence.SWA, loaded.config.replace(mixer="swa"))
-    return [swa, divergence.Variant(BEFORE, loaded.config, loaded.memory)]
+    windowed, fresh, _ = divergence.standard_variants(loaded.config, loaded.memory)
+    return [windowed, dataclasses.replace(fresh, name=BEFORE)]
 
 
 def trained(loaded: models.Pretrained, memory: FinetuneConfig) -> list[divergence.Variant]:
     """The distilled model, and the same with its writing switched off."""
-    weights = models.trained_memory(memory.out)
-    return [
-        divergence.Variant(divergence.CONVERTED, loaded.config, weights),
-        divergence.Variant(divergence.WRITE_OFF, loaded.config.replace(write=False), weights),
-    ]
+    return divergence.standard_variants(loaded.config, models.trained_memory(memory.out))[1:]
 
 
 def evaluate(demo: DemoConfig, loaded: models.Pretrained, variants: list[divergence.Variant]) -> dict[str, Any]:
@@ -297,11 +293,7 @@ def settings_section(memory: FinetuneConfig) -> sections.Section:
 def findings(told: list[sections.Section], results: dict[str, Any], training: list[dict[str, Any]]) -> list[str]:
     """Sentences on what the numbers show, good or bad."""
     texts = results["texts"]
-    lower = [
-        name
-        for name, rows in texts.items()
-        if rows[divergence.CONVERTED]["kl_beyond"] < rows[divergence.SWA]["kl_beyond"]
-    ]
+    lower = sum(rows[divergence.CONVERTED]["kl_beyond"] < rows[divergence.SWA]["kl_beyond"] for rows in texts.values())
     inside = max(rows[divergence.CONVERTED]["kl_inside"] for rows in texts.values())
     window, sinks = results["window"], results["sinks"]
     limit = "below" if inside < IN_WINDOW_LIMIT else "ABOVE"
@@ -309,7 +301,7 @@ def findings(told: list[sections.Section], results: dict[str, Any], training: li
         *told[0].text[:-1],  # the last one says how it was measured
         f"The memory made here, in {len(training)} steps, sees by attention the last {window} "
         f"tokens and the first {sinks}. None of the texts below was trained on.",
-        f"Distillation lowered the KL beyond the window on {len(lower)} of {len(texts)} held-out texts. Inside the "
+        f"Distillation lowered the KL beyond the window on {lower} of {len(texts)} held-out texts. Inside the "
         f"window it is at most {inside:.2g} nats, {limit} the limit of {IN_WINDOW_LIMIT}. Training steps that were not "
         f"finite: {training[-1]['skipped']}.",
     ]

@@ -1,8 +1,7 @@
 """Does the memory remember? Every mixer distilled with several seeds, each beside its control with writing off.
 
-    python -m train.experiments.evidence                                          # SmolLM2-135M, small enough for a CPU
-    python -m train.experiments.evidence configs/smollm2_3m.py --length 4096      # the same question to 3 million
-    tokens, on a GPU
+    python -m train.experiments.evidence                         # SmolLM2-135M, small enough for a CPU
+    python -m train.experiments.evidence configs/smollm2_3m.py --length 4096      # with 3 million tokens, on a GPU
 
 The control is the same module with the same start, steps, learning rate and rows, whose writing is switched off: what
 it gains is adaptation. A memory works where every seed of it beats every seed of every control; elsewhere the result
@@ -159,7 +158,8 @@ def distance(
     """`divergence.evaluate` on the held-out books."""
     texts = {book.title: book.text for book in books.heldout_books()}
     tokens = divergence.cut_texts(pretrained.tokenizer, texts, config.length, config.sequences)
-    return divergence.evaluate(pretrained.config, pretrained.backbone, tokens, [windowed(pretrained), *variants])
+    entrants = [*divergence.standard_variants(pretrained.config, None), *variants]
+    return divergence.evaluate(pretrained.config, pretrained.backbone, tokens, entrants)
 
 
 def answers(
@@ -174,16 +174,11 @@ def answers(
         pretrained.backbone,
         pretrained.tokenizer,
         held_out,
-        [original, windowed(pretrained), *variants],
+        [original, *divergence.standard_variants(pretrained.config, None), *variants],
         parts=folder / "answers",
         source=folder.name,
     )
     return {row["variant"]: [example["correct"] for example in row["examples"]] for row in found}
-
-
-def windowed(pretrained: models.Pretrained) -> divergence.Variant:
-    """Windows and sinks alone."""
-    return divergence.Variant(divergence.SWA, pretrained.config.replace(mixer="swa"))
 
 
 def describe(config: EvidenceConfig, recipe: FinetuneConfig, results: Sequence[dict[str, Any]]) -> sections.Section:

@@ -7,12 +7,10 @@ there already; the data stream runs alone. Compiling and checkpoints are left ou
 import dataclasses
 import json
 import statistics
-import sys
 import tempfile
 import time
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated
 
 import jax
 import tyro
@@ -77,22 +75,17 @@ def _data(config: FinetuneConfig, rows: stream_lib.Source, steps: int) -> float:
     return (time.perf_counter() - began) / steps
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """The command."""
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
-    recipe = arguments.pop(0) if arguments and not arguments[0].startswith("-") else "configs/smoke.py"
-    program = "python -m train.experiments.overhead [RECIPE]"
-    options: Any = tyro.cli(_Options, prog=program, description=__doc__, args=arguments)
-    with errors.one_line():
-        found = measure(read_recipe(recipe), options.steps)
+def main(recipe: Annotated[str, tyro.conf.Positional] = "configs/smoke.py", steps: int = 300) -> None:
+    """Measures what the loop of train.finetune costs beside its steps.
+
+    Args:
+      recipe: of the run.
+      steps: to time.
+    """
+    found = measure(read_recipe(recipe), steps)
     print(json.dumps({name: round(value, 3) for name, value in found.items()}, indent=2))
 
 
-@dataclasses.dataclass(frozen=True)
-class _Options:
-    steps: int = 300
-    """Steps to time."""
-
-
 if __name__ == "__main__":
-    main()
+    with errors.one_line():
+        tyro.cli(main, prog="python -m train.experiments.overhead")

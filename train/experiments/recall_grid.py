@@ -1,7 +1,7 @@
 """Recall by number of pairs and by distance, AllMem beside Mamba-2, the gated delta rule and the controls.
 
-    python -m train.experiments.recall_grid                          # everything, one seed; what is done is not
-    repeated python -m train.experiments.recall_grid --settings mqar --entrants allmem delta --seeds 0 1 2
+    python -m train.experiments.recall_grid       # everything, one seed; what is done is not repeated
+    python -m train.experiments.recall_grid --settings mqar --entrants allmem delta --seeds 0 1 2
 
 Each setting, entrant and seed is trained on its own (see `train.experiments.recall`) and leaves
 OUT/SETTING-ENTRANT-SEED-KEY.json. Commands on the same OUT share the work: what has a result is read. OUT/section.json
@@ -216,12 +216,7 @@ def main(settings: GridConfig) -> sections.Section:
     stores.local_only(settings.out, "out")
     made = section(settings, run(settings))
     sections.save(settings.out / "section.json", made)
-    for each in made.tables:
-        print(each.caption)
-        widths = [max(map(len, column)) for column in zip(each.header, *each.rows, strict=True)]
-        for line in (each.header, *each.rows):
-            print("  ".join(text.rjust(width) for text, width in zip(line, widths, strict=True)))
-    print(made.text[0])
+    print(*map(sections.plain, made.tables), made.text[0], sep="\n")
     return made
 
 
