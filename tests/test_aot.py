@@ -12,6 +12,7 @@ from allmem_jax.model import config as config_lib
 from allmem_jax.model import lm, sharding
 from pallas_kernels import tpu_kind
 from pallas_kernels.tools import compiling, topology
+from train.loop import optimizer as optimizer_lib
 from train.loop import plan, steps
 from train.recipe import FinetuneConfig
 
@@ -98,7 +99,7 @@ def test_a_training_step_of_qwen3_compiles(name):
 
     params = jax.eval_shape(lm.AllMemLM(config).init, jax.random.key(0), jnp.zeros((1, 8), jnp.int32))["params"]
     backbone, memory = lm.split_params(params)
-    optimizer = steps.make_optimizer(lambda count: 1e-4, (0.9, 0.95), 0.0, 1.0)
+    optimizer = optimizer_lib.make(lambda count: 1e-4, (0.9, 0.95), 0.0, 1.0)
     state = place(jax.eval_shape(lambda tree: steps.init_state(tree, optimizer), memory))
     place_row = lambda *shape, dtype: jax.ShapeDtypeStruct(  # noqa: E731
         shape, dtype, sharding=sharding.batch_sharding(mesh)

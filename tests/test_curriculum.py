@@ -8,7 +8,7 @@ import pytest
 
 from allmem_jax.checkpoints import memory_file
 from train import curriculum, finetune
-from train.loop import tiny
+from train.loop import models, tiny
 from train.recipe import FinetuneConfig
 
 STAGES = (
@@ -42,11 +42,11 @@ def config(tmp_path_factory):
 
 def test_a_stage_goes_on_from_the_memory_before_it(config, tmp_path):
     path = curriculum.run(config, STAGES, card="what it can do")
-    first, second = (finetune.trained_memory(f"{config.out}/stage-{number}") for number in (1, 2))
+    first, second = (models.trained_memory(f"{config.out}/stage-{number}") for number in (1, 2))
     alone = dataclasses.replace(config, **STAGES[1], out=str(tmp_path), export=False)
-    start = finetune.load(alone)
+    start = models.load(alone)
     finetune.run(alone, start._replace(memory=first))
-    same = finetune.trained_memory(tmp_path)["layers"]["memory"]
+    same = models.trained_memory(tmp_path)["layers"]["memory"]
     np.testing.assert_array_equal(second["layers"]["memory"]["alpha"], same["alpha"])
     untrained = np.abs(same["alpha"] - start.memory["layers"]["memory"]["alpha"]).max()
     assert untrained > np.abs(same["alpha"] - first["layers"]["memory"]["alpha"]).max() > 0
@@ -91,3 +91,6 @@ def test_the_command(config, tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         curriculum.main([str(tmp_path / "none.py")])
     assert "no recipe at" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        curriculum.main(["--steps", "3"])
+    assert "no recipe is named" in capsys.readouterr().err

@@ -15,9 +15,12 @@ import allmem_jax
 from allmem_jax.checkpoints import memory_file
 from allmem_jax.evaluation import divergence, recall
 from allmem_jax.model import lm, state
+from allmem_jax.reporting import kept, sections
 from train import fetch, finetune
 from train.data import books
-from train.experiments import compare, demo, evidence, reading, recall_grid, stages
+from train.experiments import compare, demo, evidence, reading, recall_grid
+from train.loop import models
+from train.recipe import read_recipe
 
 RECIPE = """
 from train.recipe import FinetuneConfig
@@ -75,7 +78,7 @@ def test_the_chain_and_its_second_run(setting, capsys, monkeypatch):
     config, params, _ = allmem_jax.load_pretrained(folder)
     assert (config.window, config.chunk) == (16, 8) and np.any(params["layers"]["memory"]["alpha"])
 
-    monkeypatch.setattr(finetune, "load", lambda recipe: pytest.fail("a complete run loads no model"))
+    monkeypatch.setattr(models, "load", lambda recipe: pytest.fail("a complete run loads no model"))
     os.remove(page)
     demo.run(setting)
     assert capsys.readouterr().out.count("reused") == 6 and page.exists()
@@ -86,12 +89,12 @@ def test_the_chain_and_its_second_run(setting, capsys, monkeypatch):
     demo.run(asked)
     assert capsys.readouterr().out.count("reused") == 5
     written = json.loads((setting.out / "report.json").read_text())["sections"]
-    assert {section["command"] for section in written[:5]} == {stages.command("train.experiments.demo", asked)}
+    assert {section["command"] for section in written[:5]} == {sections.program("train.experiments.demo", asked)}
     assert ["qk_scale", "l2"] in written[5]["tables"][0]["rows"]
 
 
 def test_a_stage_depends_on_its_own_settings_alone(setting):
-    recipe = finetune.read_recipe(setting.recipe)
+    recipe = read_recipe(setting.recipe)
 
     def changed(demo_changes, **recipe_changes):
         before = demo.dependencies(setting, recipe)
@@ -99,7 +102,7 @@ def test_a_stage_depends_on_its_own_settings_alone(setting):
             dataclasses.replace(setting, **demo_changes), dataclasses.replace(recipe, **recipe_changes)
         )
         names = ("begun", "learnt", "judged", "asked", "remembered")
-        keys = ([stages.key(depends) for depends in each] for each in (before, after))
+        keys = ([kept.key(depends) for depends in each] for each in (before, after))
         return {name for name, old, new in zip(names, *keys, strict=True) if old != new}
 
     assert changed(dict(out="elsewhere", recipe="other.py"), out="there", keep=9) == set()
@@ -131,10 +134,10 @@ def test_a_stage_depends_on_its_own_settings_alone(setting):
     ],
 )
 def test_a_recorded_command_gives_the_same_settings(program, settings, positional):
-    python, flag, module, *arguments = shlex.split(stages.command(program, settings, positional))
+    python, flag, module, *arguments = shlex.split(sections.program(program, settings, positional))
     assert (python, flag, module) == ("python", "-m", program)
     assert tyro.cli(type(settings), args=arguments) == settings
-    assert stages.command(program, type(settings)(), positional) == f"python -m {program}"
+    assert sections.program(program, type(settings)(), positional) == f"python -m {program}"
 
 
 def test_the_table_compiles_once_for_all_windows(setting, tmp_path):

@@ -12,14 +12,14 @@ import time
 import numpy as np
 import pytest
 
-from train import finetune
-from train.loop import distributed, metrics
+from train.loop import distributed, metrics, models
 
 ROOT = pathlib.Path(__file__).parents[1]
 # Slowly, so that a signal finds it at work; the smoke recipe's chunks would compile twice.
 PROGRAM = """
 import sys, time
-from train import finetune, metrics
+from train import finetune
+from train.loop import metrics
 show = metrics.Progress.show
 def slowly(self, line):
     show(self, line)
@@ -104,7 +104,7 @@ def test_stopped_killed_and_resumed_elsewhere(tmp_path):
 def memory(out):
     import jax
 
-    return jax.tree.leaves(finetune.trained_memory(out))
+    return jax.tree.leaves(models.trained_memory(out))
 
 
 @pytest.mark.parametrize(

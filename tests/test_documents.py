@@ -157,13 +157,12 @@ def test_texts_end_with_the_end_of_text(tmp_path):
 @pytest.mark.parametrize("end", [True, False])
 @pytest.mark.parametrize("mixed", [True, False])
 def test_a_recipe_says_whether_texts_end(tmp_path, end, mixed):
-    from train import finetune
-    from train.loop import tiny  # here, as processes of `prepare` import this file
+    from train.loop import batches, models, tiny  # here, as processes of `prepare` import this file
 
     texts = (str(write(tmp_path / "texts", "jsonl", TEXTS)),)
     fields = {"mixture": (stream.Part(texts),)} if mixed else {"texts": texts, "pack": True}
     config = recipe.FinetuneConfig(cache=str(tmp_path / "cache"), seq_length=32, chunk=(8,), end_of_text=end, **fields)
-    rows = finetune.read_rows(config, finetune.Pretrained(tiny.CONFIG, None, None, Ends()), config.texts)
+    rows = batches.read_rows(config, models.Pretrained(tiny.CONFIG, None, None, Ends()), config.texts)
     assert sum(int((rows[i]["targets"] == Ends.eos_token_id).sum()) for i in range(len(rows))) == 3 * end
 
 

@@ -7,9 +7,8 @@ import pytest
 
 from allmem_jax.reporting import sections
 from tests import tiny_folder
-from train import finetune
 from train.experiments import evidence
-from train.loop import tiny
+from train.loop import models, tiny
 from train.recipe import FinetuneConfig
 
 
@@ -58,7 +57,7 @@ def test_every_run_is_judged_and_found_again(tmp_path, shakespeare_path, monkeyp
         alpha_init=0.1,
         lessons=0.5,
     )
-    monkeypatch.setattr(evidence.finetune, "read_recipe", lambda path: recipe)
+    monkeypatch.setattr(evidence.recipe_lib, "read_recipe", lambda path: recipe)
     config = evidence.EvidenceConfig(
         out=tmp_path / "out", mixers=("allmem", "delta"), seeds=(0, 1), length=64, sequences=1, samples=0
     )
@@ -70,7 +69,7 @@ def test_every_run_is_judged_and_found_again(tmp_path, shakespeare_path, monkeyp
     assert set(section.data["closed"]) == {"allmem", "allmem, control", "delta", "delta, control"}
     assert all(len(values) == 2 for values in section.data["closed"].values())
     capsys.readouterr()
-    monkeypatch.setattr(evidence.evals, "evaluate", None)  # nothing is judged a second time
+    monkeypatch.setattr(evidence.divergence, "evaluate", None)  # nothing is judged a second time
     again = evidence.run(dataclasses.replace(config))
     assert (again.tables, again.text) == (section.tables, section.text)
     assert capsys.readouterr().out.count("reused") == 2
@@ -84,7 +83,7 @@ def test_every_run_is_judged_and_found_again(tmp_path, shakespeare_path, monkeyp
 
 def test_what_is_learnt_decides_where_it_is_kept():
     recipe = FinetuneConfig(model="tiny")
-    start = finetune.Pretrained(tiny.CONFIG, None, None, None, origin="hash")
+    start = models.Pretrained(tiny.CONFIG, None, None, None, origin="hash")
     one = evidence.learnt(recipe, start, Numbered("books", 3))
     assert not {"mixer", "seed", "write"} & one.keys()
     assert one == evidence.learnt(dataclasses.replace(recipe, seed=3, mixer="delta"), start, Numbered("books", 3))

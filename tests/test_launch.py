@@ -14,7 +14,7 @@ import tyro
 from allmem_jax.model import config as config_lib
 from allmem_jax.model import sharding
 from train import curriculum, finetune, on_policy, rollout
-from train.recipe import FinetuneConfig
+from train.recipe import FinetuneConfig, read_recipe
 
 yaml = pytest.importorskip("yaml")
 ROOT = pathlib.Path(__file__).parents[1]
@@ -49,7 +49,7 @@ def check(module, words):
     if takes_recipe and words[0] in ("RECIPE", "configs/RECIPE.py"):
         words = words[1:]
     elif takes_recipe and not words[0].startswith("-"):
-        recipe = finetune.read_recipe(str(ROOT / words.pop(0)))
+        recipe = read_recipe(str(ROOT / words.pop(0)))
         default = kind(**{field.name: getattr(recipe, field.name) for field in dataclasses.fields(FinetuneConfig)})
     tyro.cli(kind, default=default, args=words)
 
@@ -129,7 +129,7 @@ def test_recipes_fit_the_meshes_of_their_commands():
         text = re.sub(r"\\\n *", " ", path.read_text())
         for line in re.findall(r"python -m train\.finetune (.*)", text):
             recipe, *words = shlex.split(line.split(" #")[0])
-            default = finetune.read_recipe(str(ROOT / recipe))
+            default = read_recipe(str(ROOT / recipe))
             config = tyro.cli(FinetuneConfig, default=default, args=words)
             number = next((devices[name] for name in devices if name in line), 64)
             shape = sharding.mesh_shape(config.mesh, number)

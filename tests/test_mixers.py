@@ -14,8 +14,7 @@ from allmem_jax.evaluation import divergence
 from allmem_jax.model import config as config_lib
 from allmem_jax.model import decoder, layers, linear_memory, lm, sharding
 from allmem_jax.model import state as state_lib
-from train import finetune
-from train.loop import compiled, steps
+from train.loop import compiled, models, steps
 from train.recipe import FinetuneConfig
 
 pytestmark = pytest.mark.core
@@ -296,7 +295,7 @@ def test_distils_one_step(mixer):
     )
     recipe.check()
     assert recipe.identity()["mixer"] == mixer
-    start = finetune.load(recipe)
+    start = models.load(recipe)
     assert start.config.mixer == mixer
     optimizer = compiled.optimizer(recipe)
     tokens = np.random.default_rng(0).integers(0, 256, (2, 25)).astype(np.int32)

@@ -22,7 +22,7 @@ from allmem_jax.storage import stores
 from train import finetune, on_policy, rollout
 from train.data import documents
 from train.data import prompts as prompts_lib
-from train.loop import checkpoint, tiny
+from train.loop import checkpoint, models, tiny
 from train.recipe import FinetuneConfig
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -264,7 +264,7 @@ def test_each_round_learns_on_its_own_answers(whole, recipe, hashed):
     assert ["embed" in tree for tree in hashed] == [True, False, False]  # the backbone once, the memory each round
     said = [(whole / f"round-{number}/answers.jsonl").read_text().splitlines() for number in (1, 2)]
     assert [sorted(json.loads(line)["id"] for line in lines) for lines in said] == [[0, 2, 4, 6, 8], [1, 3, 5, 7, 9]]
-    memories = [finetune.trained_memory(whole / name) for name in ("round-1", "round-2", "")]
+    memories = [models.trained_memory(whole / name) for name in ("round-1", "round-2", "")]
     jax.tree.map(np.testing.assert_array_equal, memories[1], memories[2])
     alphas = [np.abs(memory["layers"]["memory"]["alpha"]).max() for memory in memories]
     assert 0 < alphas[0] < alphas[1]  # the second went on from the first
@@ -289,7 +289,7 @@ def test_rounds_go_on_where_they_stopped(whole, recipe, folder, monkeypatch):
             on_policy.run(config, str(folder / "prompts.jsonl"), 2, SETTINGS)
         assert not (folder / "stopped/allmem.safetensors").exists()
     on_policy.run(config, str(folder / "prompts.jsonl"), 2, SETTINGS)
-    got, want = finetune.trained_memory(folder / "stopped"), finetune.trained_memory(whole)
+    got, want = models.trained_memory(folder / "stopped"), models.trained_memory(whole)
     jax.tree.map(np.testing.assert_array_equal, got, want)
 
 

@@ -179,7 +179,7 @@ def recipe(tmp_path):
 
 
 def test_a_run_is_refused_before_its_model_is_loaded(recipe, url, monkeypatch):
-    monkeypatch.setattr(finetune, "load", lambda config: pytest.fail("loaded"))
+    monkeypatch.setattr(finetune.models, "load", lambda config: pytest.fail("loaded"))
     for field, value, message in (
         ("out", "ggs://b/x", "ggs:// is no store"),
         ("cache", url, f"cache='{url}' must be a local path"),

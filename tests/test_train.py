@@ -24,8 +24,10 @@ from allmem_jax.model import lm, sharding
 from allmem_jax.storage import stores
 from tests import tiny_folder
 from train import finetune
+from train import recipe as recipe_lib
 from train.experiments import overhead
-from train.loop import checkpoint, compiled, metrics, plan, steps, tiny
+from train.loop import batches, checkpoint, compiled, evaluation, metrics, models, plan, steps, tiny
+from train.loop import optimizer as optimizer_lib
 from train.recipe import FinetuneConfig
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -72,7 +74,7 @@ def recipe(folder):
 
 @pytest.fixture(scope="module")
 def pretrained(recipe):
-    return finetune.load(recipe)
+    return models.load(recipe)
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +87,7 @@ def outcome(out):
     lines = metrics.read_metrics(stores.join(out, "metrics.jsonl"))
     for line in lines:
         line.pop("tokens_per_s")
-    return lines, finetune.trained_memory(out)
+    return lines, models.trained_memory(out)
 
 
 def same(got, want):
@@ -97,11 +99,11 @@ def same(got, want):
 def toy(recipe, pretrained):
     """(jitted step, state, backbone, batch, teacher) as the loop has them."""
     mesh = sharding.make_mesh()
-    state, backbone = finetune.start(recipe, pretrained, mesh)
+    state, backbone = compiled.start(recipe, pretrained, mesh)
     make_teacher, student = compiled.make(recipe, pretrained.config, sharding.tree_shardings(state, mesh), mesh)
     tokens = np.random.default_rng(1).integers(97, 110, (2, 49)).astype(np.int32)
     arrays = {"tokens": tokens[:, :-1], "targets": tokens[:, 1:], "mask": np.ones((2, 48), bool)}
-    batch = finetune.place_batch(arrays, mesh, [0, 1], 2, packed=False)
+    batch = batches.place(recipe, arrays, mesh)
     fresh = lambda: jax.tree.map(jnp.copy, state)  # noqa: E731, a step consumes its state
     return student(8), fresh, backbone, batch, make_teacher(backbone, batch)
 
@@ -159,7 +161,8 @@ def test_stopped_by_sigterm_goes_on_with_the_same_losses(recipe, pretrained, who
 def test_killed_goes_on_with_the_same_losses(recipe, pretrained, whole, folder):
     config = dataclasses.replace(recipe, out=str(folder / "killed"))
     program = (
-        "import time\nfrom train import finetune, metrics\nfrom train.recipe import FinetuneConfig\n"
+        "import time\nfrom train import finetune\nfrom train.loop import metrics\n"
+        "from train.recipe import FinetuneConfig\n"
         "show = metrics.Progress.show\n"
         "def slowly(self, line):\n    show(self, line)\n    time.sleep(60 * (line['step'] == 5))\n"
         f"metrics.Progress.show = slowly\nfinetune.run({config!r})\n"
@@ -255,7 +258,7 @@ def test_a_mesh_of_four_devices_gives_the_same_losses(recipe, whole, folder):
 
 
 def test_schedule_rises_holds_and_falls():
-    rate = steps.wsd_schedule(2.0, steps=10, warmup=2, decay=0.4)
+    rate = optimizer_lib.wsd_schedule(2.0, steps=10, warmup=2, decay=0.4)
     np.testing.assert_allclose([rate(i) for i in range(11)], [1, 2, 2, 2, 2, 2, 2, 1.5, 1, 0.5, 0], rtol=1e-6)
 
 
@@ -278,12 +281,12 @@ def test_the_memory_of_a_folder_is_trained_as_it_is(recipe, tmp_path):
     memory = lm.init_memory(config, seed=7)
     allmem_jax.save_pretrained(tmp_path / "saved", config, lm.merge_params(backbone, memory), tokenizer)
     recipe = dataclasses.replace(recipe, model=str(tmp_path / "saved"), d_mem=None)
-    start = finetune.load(recipe)
+    start = models.load(recipe)
     assert {name: getattr(start.config, name) for name in unlike} == unlike and not start.config.write
     assert (start.config.window, start.config.sinks, start.config.chunk) == (32, 3, 8)
     jax.tree.map(np.testing.assert_array_equal, start.memory, memory)
     same = dataclasses.replace(recipe, qk_scale="rms", d_mem=4, lr_init=0.02, mixer="allmem", write=True)
-    assert finetune.load(same).config == start.config.replace(write=True)
+    assert models.load(same).config == start.config.replace(write=True)
     for name, value in dict(
         mixer="delta", n_mem=1, d_mem=8, qk_scale="l2", alpha_init=0.0, lr_init=0.01, momentum_init=0.5
     ).items():
@@ -298,10 +301,10 @@ def test_a_fresh_memory_is_the_recipes(recipe, tmp_path, monkeypatch):
     """Of the recipe's seed and fields, with the defaults of `ModelConfig` in place of None, and no warning."""
     monkeypatch.setattr(lm, "init_memory", lambda *arguments: arguments)
     recipe = dataclasses.replace(recipe, model=str(tiny_folder.write(tmp_path / "plain")), d_mem=None)
-    start = finetune.load(dataclasses.replace(recipe, seed=3, mixer="delta", d_mem=4, lr_init=0.02))
+    start = models.load(dataclasses.replace(recipe, seed=3, mixer="delta", d_mem=4, lr_init=0.02))
     assert (start.config.mixer, start.config.d_mem, start.config.lr_init) == ("delta", 4, 0.02)
     assert start.memory == (start.config, 3)
-    default = finetune.load(recipe).config
+    default = models.load(recipe).config
     assert (default.mixer, default.write, default.qk_scale, default.d_mem) == ("allmem", True, "l2", 64)
     assert (default.lr_init, default.n_mem) == (0.005, 4)  # the model has one key head
 
@@ -342,7 +345,7 @@ def test_evaluation_weighs_positions_not_batches(recipe, pretrained):
     params = lm.merge_params(pretrained.backbone, pretrained.memory)
     with jax.set_mesh(mesh):
         got, near = (
-            finetune._evaluation(config, pretrained.config, rows, None, mesh)(params, {})
+            evaluation.make(config, pretrained.config, rows, None, mesh)(params, {})
             for rows in (Ragged(), Ragged(end=35))
         )
     rows = [Ragged()[index] for index in range(6)]
@@ -361,7 +364,11 @@ def test_weight_decay_is_on_all_projections_that_are_trained(mixer):
     config = tiny.CONFIG.replace(mixer=mixer, tie_embeddings=False, qkv_bias=True, qk_norm=True, d_model=64)
     shapes = jax.eval_shape(lambda: lm.random_params(config))
     leaves = {sharding.path_string(path): x.shape for path, x in jax.tree_util.tree_leaves_with_path(shapes)}
-    on = {sharding.path_string(path) for path, on in jax.tree_util.tree_leaves_with_path(steps.decayed(shapes)) if on}
+    on = {
+        sharding.path_string(path)
+        for path, on in jax.tree_util.tree_leaves_with_path(optimizer_lib.decayed(shapes))
+        if on
+    }
     assert on == {path for path, shape in leaves.items() if len(shape) == 3 and "_conv/" not in path}
     assert {path.split("/")[1] for path in on} == {"attention", "mlp", "memory"}
 
@@ -374,7 +381,7 @@ def test_weight_decay_is_on_projections_only():
         "out_norm": {"scale": jnp.ones(2)},
         "fast_up": jnp.ones(2),
     }
-    optimizer = steps.make_optimizer(lambda count: 1.0, (0.9, 0.95), 0.1, 1.0)
+    optimizer = optimizer_lib.make(lambda count: 1.0, (0.9, 0.95), 0.1, 1.0)
     updates, _ = optimizer.update(jax.tree.map(jnp.zeros_like, memory), optimizer.init(memory), memory)
     moved = {sharding.path_string(p) for p, x in jax.tree_util.tree_leaves_with_path(updates) if jnp.any(x)}
     assert moved == {"q_proj/kernel", "lr_proj/kernel"}
@@ -439,7 +446,7 @@ def test_command_line(capsys, tmp_path, error_of):
     with pytest.raises(SystemExit):
         finetune.main([os.path.join(ROOT, "configs/smoke.py"), "--steps", "many"])
     given = [os.path.join(ROOT, "configs/smoke.py"), "--d_mem", "None", "--lr-init", "0.1", "--write", "False"]
-    left = finetune.parse(FinetuneConfig, "train.finetune", "", given)
+    left = recipe_lib.parse(FinetuneConfig, "train.finetune", "", given)
     assert (left.d_mem, left.lr_init, left.write) == (None, 0.1, False)
 
 
@@ -447,10 +454,10 @@ def test_command_line(capsys, tmp_path, error_of):
 @pytest.mark.parametrize(
     ("program", "arguments", "message"),
     [
-        ("recall_grid", ["--seeds"], "or there is no seed"),
-        ("overhead", ["nowhere.py"], "no recipe at nowhere.py"),
-        ("compare", ["a.txt", "--windows", "1"], "windows=(1,) and sinks="),
-        ("demo", ["--recipe", "nowhere.py"], "no recipe at nowhere.py"),
+        ("experiments.recall_grid", ["--seeds"], "or there is no seed"),
+        ("experiments.overhead", ["nowhere.py"], "no recipe at nowhere.py"),
+        ("experiments.compare", ["a.txt", "--windows", "1"], "windows=(1,) and sinks="),
+        ("experiments.demo", ["--recipe", "nowhere.py"], "no recipe at nowhere.py"),
         ("fetch", ["nothing"], "nothing called 'nothing' to fetch"),
     ],
 )
@@ -460,10 +467,8 @@ def test_programs_end_with_one_line(program, arguments, message, monkeypatch, er
 
 
 def test_every_recipe_is_valid():
-    folder = pathlib.Path(ROOT, "configs")
-    for file in sorted(folder.glob("*.py")):
-        if "FinetuneConfig(" in file.read_text():
-            dataclasses.replace(finetune.read_recipe(str(file)), model="x", texts=("y",), out="z").check()
+    for file in sorted(pathlib.Path(ROOT, "configs").glob("*.py")):
+        dataclasses.replace(recipe_lib.read_recipe(str(file)), model="x", texts=("y",), out="z").check()
 
 
 def test_pretraining_learns_everything_and_goes_on(recipe, folder, monkeypatch):
@@ -494,15 +499,15 @@ def test_random_weights_of_a_preset(recipe, folder, monkeypatch):
     small = dict(tiny.CONFIG.__dict__, d_model=48)
     monkeypatch.setitem(config_lib.PRESETS, "small", small)
     with pytest.raises(ValueError, match="tokenizer='': the preset small comes without one"):
-        finetune.load(dataclasses.replace(recipe, model="small"))
-    start = finetune.Pretrained(
+        models.load(dataclasses.replace(recipe, model="small"))
+    start = models.Pretrained(
         recipe.student(config_lib.preset("small"), remembers=False), None, None, tiny.ByteTokenizer()
     )
     mesh = sharding.make_mesh()
-    state, frozen = finetune.start(dataclasses.replace(recipe, model="small", backbone_dtype="bfloat16"), start, mesh)
+    state, frozen = compiled.start(dataclasses.replace(recipe, model="small", backbone_dtype="bfloat16"), start, mesh)
     assert frozen["embed"]["embedding"].dtype == jnp.bfloat16
     assert {leaf.dtype for leaf in jax.tree.leaves(state.trained)} == {jnp.dtype("float32")}
-    state, frozen = finetune.start(dataclasses.replace(recipe, objective="pretrain", model="small"), start, mesh)
+    state, frozen = compiled.start(dataclasses.replace(recipe, objective="pretrain", model="small"), start, mesh)
     assert frozen == {} and "embed" in state.trained
 
 
@@ -518,7 +523,7 @@ def test_a_full_disk_is_one_error_and_older_steps_stay(recipe, pretrained, folde
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint.Checkpoints, "save", full)
         patch.setattr(finetune, "run", lambda config, run=finetune.run: run(config, pretrained))
-        patch.setattr(finetune, "read_recipe", lambda path: config)
+        patch.setattr(recipe_lib, "read_recipe", lambda path: config)
         assert "No space left on device; free some space" in error_of(finetune.main, ["any"])
     assert [path.name for path in (folder / "full/checkpoints").iterdir() if path.is_dir()] == ["2"]
     assert len(outcome(finetune.run(config, pretrained))[0]) == 6

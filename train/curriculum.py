@@ -21,8 +21,8 @@ from typing import Any
 from allmem_jax.checkpoints import memory_file
 from allmem_jax.storage import stores
 from train import errors, finetune
-from train.loop import checkpoint, distributed
-from train.recipe import FinetuneConfig
+from train.loop import distributed, models
+from train.recipe import FinetuneConfig, parse, recipe_fields
 
 Stage = Mapping[str, Any]  # fields of FinetuneConfig
 
@@ -47,16 +47,13 @@ def run(config: FinetuneConfig, stages: Sequence[Stage], card: str = "") -> str 
       ValueError: a stage cannot work; nothing has been trained then.
     """
     recipes = make_recipes(config, stages)
-    current = finetune.load(recipes[0])
-    if current.backbone is None:
-        raise ValueError(f"model={config.model!r} has random weights; give a folder or file with trained ones")
-    backbone = origin = checkpoint.content_hash(current.backbone)
+    current = models.load_trained(recipes[0])
+    origin = current.origin
     for recipe in recipes:
-        fields = recipe.student(current.config, remembers=True)
-        current = current._replace(config=fields, origin=origin)
-        finetune.run(recipe, current)
-        memory = finetune.trained_memory(recipe.out)
-        current, origin = current._replace(memory=memory), f"{backbone} {checkpoint.content_hash(memory)}"
+        current = current._replace(config=recipe.student(current.config, remembers=True))
+        finetune.run(recipe, current._replace(origin=origin))
+        current = current._replace(memory=models.trained_memory(recipe.out))
+        origin = models.lineage(current)
     path = stores.join(config.out, "memory.safetensors")
     if distributed.main_process():
         memory_file.save(path, current.config, current.memory, card)
@@ -85,11 +82,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """The command: a recipe with stages, then any field to set otherwise."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     with errors.one_line():
-        command = finetune.parse(Command, "train.curriculum", __doc__ or "", arguments)
-        stages = runpy.run_path(arguments[0]).get("stages", ()) if arguments else ()
+        command = parse(Command, "train.curriculum", __doc__ or "", arguments)
+        if not arguments or arguments[0].startswith("-"):
+            raise ValueError("no recipe is named: give a file with `config` and `stages` before all options")
+        stages = runpy.run_path(arguments[0]).get("stages", ())
         card = stores.read(command.card).decode() if command.card else ""
         distributed.join(command)
-        path = run(FinetuneConfig(**finetune.recipe_fields(command)), stages, card)
+        path = run(FinetuneConfig(**recipe_fields(command)), stages, card)
         if distributed.main_process():
             print(path)
 

@@ -22,8 +22,8 @@ from allmem_jax.storage import stores
 from train import errors, finetune
 from train import rollout as rollout_lib
 from train.data import prompts as prompts_lib
-from train.loop import checkpoint, distributed
-from train.recipe import FinetuneConfig
+from train.loop import distributed, models
+from train.recipe import FinetuneConfig, parse, recipe_fields
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +43,6 @@ def run(
     prompts: str,
     rounds: int,
     settings: rollout_lib.Settings,
-    pretrained: finetune.Pretrained | None = None,
 ) -> Path:
     """All rounds, going on where an earlier call stopped. Returns the output folder.
 
@@ -52,7 +51,6 @@ def run(
       prompts: a file of them.
       rounds: at least 1, and no more than there are prompts.
       settings: of the answers.
-      pretrained: in place of what `finetune.load` gives.
 
     Raises:
       ValueError: a field or a prompt cannot work, before anything is generated.
@@ -64,26 +62,22 @@ def run(
     one.check_mesh(tuple(sharding.make_mesh(*one.mesh).shape.values()))
     if config.objective != "distill":
         raise ValueError(f"objective={config.objective!r}: a student's own answers are for objective='distill'")
-    start = finetune.load(one) if pretrained is None else pretrained
-    if start.backbone is None:
-        raise ValueError(f"model={config.model!r} has random weights; give a folder or file with trained ones")
-    asked = prompts_lib.read(prompts, start.tokenizer, settings.max_prompt)
+    current = models.load_trained(one)
+    asked = prompts_lib.read(prompts, current.tokenizer, settings.max_prompt)
     if not 1 <= rounds <= len(asked):
         raise ValueError(f"rounds={rounds} must be from 1 to the number of prompts, {len(asked)}")
-    origin = checkpoint.content_hash(start.backbone)  # once, as no round changes it
-    current = start._replace(origin=origin)
     for number in range(1, rounds + 1):
         folder = out / f"round-{number}"
         texts = _answers(settings, current, asked[number - 1 :: rounds], folder, config.seed + number)
         finetune.run(dataclasses.replace(one, texts=texts, out=str(folder), seed=config.seed + number), current)
-        current = current._replace(memory=finetune.trained_memory(folder))
-    finetune.export(config, current, current.memory)
+        current = current._replace(memory=models.trained_memory(folder))
+    models.export(config, current, current.memory)
     return out
 
 
 def _answers(
     settings: rollout_lib.Settings,
-    current: finetune.Pretrained,
+    current: models.Pretrained,
     prompts: Sequence[prompts_lib.Prompt],
     folder: Path,
     seed: int,
@@ -91,8 +85,7 @@ def _answers(
     """The files of the round's answers, those of all processes, written as far as they are not there."""
     params = lm.merge_params(current.backbone, current.memory)
     stops = rollout_lib.stop_tokens(current.tokenizer, current.config)
-    origin = f"{current.origin} {checkpoint.content_hash(current.memory)}"
-    student = rollout_lib.Student(current.config, params, current.tokenizer, stops, origin)
+    student = rollout_lib.Student(current.config, params, current.tokenizer, stops, models.lineage(current))
     share, path = (jax.process_index(), jax.process_count()), folder / "answers.jsonl"
     rollout_lib.run(settings, student, prompts, path, seed=seed, share=share)
     distributed.wait_for_all(f"{path} is written")
@@ -102,11 +95,11 @@ def _answers(
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command: a recipe, then any field to set otherwise."""
     with errors.one_line():
-        command = finetune.parse(Command, "train.on_policy", __doc__ or "", arguments)
+        command = parse(Command, "train.on_policy", __doc__ or "", arguments)
         if not command.prompts:
             raise ValueError("prompts is not set: give --prompts FILE")
         distributed.join(command)
-        print(run(FinetuneConfig(**finetune.recipe_fields(command)), command.prompts, command.rounds, command.rollout))
+        print(run(FinetuneConfig(**recipe_fields(command)), command.prompts, command.rounds, command.rollout))
 
 
 if __name__ == "__main__":

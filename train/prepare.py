@@ -13,9 +13,12 @@ from typing import Any
 
 import tqdm
 
+from allmem_jax.checkpoints import tokenizer as tokenizer_lib
 from allmem_jax.storage import stores
 from train import errors
 from train.data import documents, records
+from train.loop import tiny
+from train.recipe import FinetuneConfig, parse
 
 _worker: dict[str, Any] = {}  # of a process: the tokenizer and its edges, which are sent once
 
@@ -63,17 +66,14 @@ def _tokenise(file: Path, digest: str, cache: Path) -> None:
     documents.tokenise(file, digest, _worker["tokenizer"], _worker["ends"], cache, quiet=True)
 
 
-def texts(recipe: Any) -> list[str]:
+def texts(recipe: FinetuneConfig) -> list[str]:
     """All texts that a run of a recipe reads: `texts` or those of its `mixture`, and `eval_texts`."""
     trained = [text for part in recipe.mixture for text in part.texts] if recipe.mixed else recipe.texts
     return [*trained, *recipe.eval_texts]
 
 
-def load_tokenizer(recipe: Any) -> Any:
+def load_tokenizer(recipe: FinetuneConfig) -> Any:
     """The tokenizer of a recipe, without its model."""
-    from allmem_jax.checkpoints import tokenizer as tokenizer_lib
-    from train.loop import tiny
-
     path = recipe.tokenizer or recipe.model
     tokenizer: Any = tiny.ByteTokenizer() if path == "tiny" else tokenizer_lib.load_tokenizer(path)
     if tokenizer is None:
@@ -83,11 +83,8 @@ def load_tokenizer(recipe: Any) -> Any:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command."""
-    from train import finetune  # here, as every process imports this module and none needs jax
-    from train.recipe import FinetuneConfig
-
     with errors.one_line():
-        recipe = finetune.parse(FinetuneConfig, "train.prepare", __doc__ or "", arguments)
+        recipe = parse(FinetuneConfig, "train.prepare", __doc__ or "", arguments)
         if not recipe.model or not (paths := texts(recipe)):
             raise ValueError("the recipe names no model, or no texts: give both --model and --texts")
         cache = stores.local_only(recipe.cache, "cache")

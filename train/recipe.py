@@ -1,14 +1,21 @@
-"""What a training run is: one dataclass, whose fields are also the command line's options."""
+"""What a training run is: one dataclass, whose fields are also the command line's options, and how it is read."""
 
 import dataclasses
 import json
+import runpy
+import sys
 import warnings
-from typing import Any, Literal
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, TypeVar
 
 import numpy as np
+import tyro
 
 from allmem_jax.model import config as config_lib
 from train.data import lessons, stream
+
+T = TypeVar("T", bound="FinetuneConfig")
 
 # Fields of `ModelConfig` that a recipe leaves to the model where they are None.
 MEMORY = ("mixer", "write", "n_mem", "d_mem", "read_out", "delay", "qk_scale", "alpha_init", "lr_init", "momentum_init")
@@ -289,3 +296,38 @@ class FinetuneConfig:
         """The fields that a continuation must share, as JSON values."""
         fields = {name: value for name, value in dataclasses.asdict(self).items() if name not in _FREE}
         return json.loads(json.dumps(fields))
+
+
+def read_recipe(path: str) -> FinetuneConfig:
+    """The `config` that a recipe file defines; ValueError when it does not."""
+    if not Path(path).is_file():
+        raise ValueError(f"no recipe at {path}; there are {', '.join(map(str, sorted(Path('configs').glob('*.py'))))}")
+    config = runpy.run_path(path).get("config")
+    if not isinstance(config, FinetuneConfig):
+        raise ValueError(f"{path} must define `config = FinetuneConfig(...)`")
+    return config
+
+
+def parse(kind: type[T], program: str, description: str, arguments: Sequence[str] | None) -> T:
+    """A command line as a `kind` of FinetuneConfig: a recipe, then any of its fields to set otherwise.
+
+    Args:
+      kind: FinetuneConfig or what adds fields to it.
+      program, description: for --help.
+      arguments: None is the process's own.
+    """
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    named = bool(arguments) and not arguments[0].startswith("-")
+    recipe = read_recipe(arguments.pop(0)) if named else FinetuneConfig()
+    return tyro.cli(
+        kind,
+        prog=f"python -m {program} [RECIPE]",
+        description=description,
+        default=kind(**recipe_fields(recipe)),
+        args=arguments,
+    )
+
+
+def recipe_fields(recipe: FinetuneConfig) -> dict[str, Any]:
+    """The fields of a recipe, without those that a command adds."""
+    return {field.name: getattr(recipe, field.name) for field in dataclasses.fields(FinetuneConfig)}

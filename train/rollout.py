@@ -35,9 +35,9 @@ from allmem_jax.model import config as config_lib
 from allmem_jax.model import lm, sharding
 from allmem_jax.model import state as state_lib
 from allmem_jax.storage import files, stores
-from train import errors, finetune
+from train import errors
 from train.data import prompts as prompts_lib
-from train.loop import checkpoint, distributed, tiny
+from train.loop import checkpoint, distributed, models, tiny
 
 _SETTINGS = ".settings.json"  # after the name of the answers' file
 _UPLOAD_SECONDS = 60  # between copies of a growing file to a store
@@ -140,7 +140,7 @@ def load(command: Command) -> Student:
         if differing := families.differing_fields(saved, config):
             raise ValueError(f"{file} is of another model than {command.model}: {', '.join(differing)}")
         config = saved.replace(dtype=command.dtype)
-        params = lm.merge_params(lm.split_params(params)[0], finetune.trained_memory(command.memory))
+        params = lm.merge_params(lm.split_params(params)[0], models.trained_memory(command.memory))
     own = {name: getattr(command, name) for name in ("window", "sinks", "chunk")}
     own = {name: value for name, value in own.items() if value is not None}
     if config.mixer == "full" and own:

@@ -70,8 +70,7 @@ def state_parts(config: config_lib.ModelConfig, context: int, mixer: str | None 
     tokens, allocated from the start. "recurrent" is the rest of the decode state: fast weights, momentum and pending
     gradients or the matrices of the linear memories, all float32, the convolutions' tails and the position.
     """
-    _check_context(context)
-    config = config.replace(mixer=config.mixer if mixer is None else mixer)
+    config = _asked(config, context, mixer)
     if config.mixer == "full":
         per_token = 2 * config.n_kv_heads * config.head_dim * jnp.dtype(config.dtype).itemsize
         return {"cache": per_token * sum(_visible(config, context)), "recurrent": 0}
@@ -98,8 +97,7 @@ def flops_per_token(config: config_lib.ModelConfig, context: int, mixer: str | N
     Returns:
       {"projections", "attention", "memory", "mlp", "head"}; their sum is the cost of the token.
     """
-    _check_context(context)
-    config = config.replace(mixer=config.mixer if mixer is None else mixer)
+    config = _asked(config, context, mixer)
     return _parts(config, sum(_visible(config, context)), block=1)
 
 
@@ -110,8 +108,7 @@ def prefill_flops_per_token(config: config_lib.ModelConfig, context: int, mixer:
     counted as if every token had its logits. Memories work on blocks: AllMem's of a chunk, the linear ones' of
     `linear_memory.BLOCK` tokens.
     """
-    _check_context(context)
-    config = config.replace(mixer=config.mixer if mixer is None else mixer)
+    config = _asked(config, context, mixer)
     keys = sum(seen * (seen + 1) / 2 + (context - seen) * seen for seen in _visible(config, context)) / context
     block = config.chunk if config.mixer == "allmem" else linear_memory.BLOCK
     return _parts(config, keys, min(block, context))
@@ -148,9 +145,10 @@ def times_less(config: config_lib.ModelConfig, context: int, mixer: str | None =
     return {name: full[name] / own[name] for name in full}
 
 
-def _check_context(context: int) -> None:
+def _asked(config: config_lib.ModelConfig, context: int, mixer: str | None) -> config_lib.ModelConfig:
     if context < 1:
         raise ValueError(f"context={context} must be at least 1 token")
+    return config.replace(mixer=mixer or config.mixer)
 
 
 def _parts(c: config_lib.ModelConfig, keys: float, block: int) -> dict[str, int]:
@@ -313,7 +311,7 @@ def _parameter_table(models: Mapping[str, config_lib.ModelConfig]) -> sections.T
     rows = []
     for name, config in models.items():
         for mixer in config_lib.MEMORY_MIXERS:
-            groups = parameter_groups(config.replace(mixer=mixer))
-            share = groups["memory"] / sum(groups.values())
-            rows.append((f"{name}: {mixer}", f"{groups['memory'] / 1e6:.2f}", f"{share:.1%}"))
+            memory = config.replace(mixer=mixer)
+            count, share = parameter_groups(memory)["memory"], added_share(memory)
+            rows.append((f"{name}: {mixer}", f"{count / 1e6:.2f}", f"{share:.1%}"))
     return sections.Table("parameters of the memory branch", ("", "millions", "of the model"), tuple(rows))

@@ -8,13 +8,14 @@ Logits exist for a block of positions at a time (`losses.distill_losses`).
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from allmem_jax.checkpoints import tokenizer as tokenizer_lib
 from allmem_jax.model import config as config_lib
 from allmem_jax.model import lm as lm_lib
 from allmem_jax.model import losses
@@ -293,3 +294,10 @@ def cut(ids: Sequence[int], length: int, count: int, prefix: Sequence[int] = ())
     part = len(ids) / count
     starts = [int(part * index + (part - take) / 2) for index in range(count)]
     return np.asarray([[*prefix, *ids[start : start + take]] for start in starts], np.int32)
+
+
+def cut_texts(tokenizer: Any, texts: Mapping[str, str], length: int, count: int) -> dict[str, np.ndarray]:
+    """Name -> `cut` of each text, with the tokens before it that the tokenizer begins a text with."""
+    prefix = tokenizer_lib.prefix_tokens(tokenizer)
+    ids = {name: tokenizer.encode(text, add_special_tokens=False, verbose=False) for name, text in texts.items()}
+    return {name: cut(found, length, count, prefix) for name, found in ids.items()}

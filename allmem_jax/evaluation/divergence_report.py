@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import tqdm
 
-from allmem_jax.checkpoints import tokenizer as tokenizer_lib
 from allmem_jax.evaluation import divergence
 from allmem_jax.model import config as config_lib
 from allmem_jax.model import lm
@@ -78,10 +77,7 @@ def measure(
             raise ValueError(f"{name}={value} must be at least 1")
     config = config.replace(mixer="swa") if config.mixer == "full" else config
     backbone, memory = lm.split_params(params)
-    tokens = {}
-    for name, text in texts.items():
-        ids = tokenizer.encode(text, add_special_tokens=False, verbose=False)
-        tokens[name] = divergence.cut(ids, length, sequences, tokenizer_lib.prefix_tokens(tokenizer))
+    tokens = divergence.cut_texts(tokenizer, texts, length, sequences)
     variants = divergence.standard_variants(config, None if config.mixer == "swa" else memory)
     total = len(texts) * -(-sequences // batch) * len(variants)
     with tqdm.tqdm(total=total, desc="evaluating", leave=False, disable=not sys.stderr.isatty()) as bar:

@@ -6,13 +6,9 @@ is there is reused; what fails is shown as failed, and the rest goes on.
 
 import dataclasses
 import functools
-import hashlib
 import importlib.metadata
-import json
 import pathlib
-import shlex
 import sys
-import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -24,8 +20,8 @@ from allmem_jax.evaluation import cost, divergence_report, latency, longbench, l
 from allmem_jax.evaluation import questions as questions_lib
 from allmem_jax.model import config as config_lib
 from allmem_jax.model import lm
+from allmem_jax.reporting import kept, sections
 from allmem_jax.reporting import page as page_lib
-from allmem_jax.reporting import sections
 
 PARTS = ("distance", "answers", "cost", "latency")  # those that a run can skip; LongBench is asked for
 
@@ -114,19 +110,15 @@ def run(settings: Settings, load: Callable[[], tuple[Any, Any, Any]]) -> tuple[p
     todo = [part for part in parts(given) if part.name not in settings.skip]
     page_lib.check_names(["summary", *(part.name for part in todo), *(section.name for section in included)])
     settings.out.mkdir(parents=True, exist_ok=True)
-    machine = latency.hardware() | {"allmem-jax": importlib.metadata.version("allmem-jax")}
-    common = {name: machine[name] for name in ("device", "jax", "allmem-jax")}
+    machine = latency.hardware()
+    common = {name: machine[name] for name in ("device", "jax")}
     common |= {"model": recall.fingerprint(settings.model), "dtype": settings.dtype}
-    measured, failed = [], []
-    for part in todo:
-        section, ok = finish(part, settings.out / "sections" / f"{part.name}-{key(common | part.settings)}.json")
-        measured.append(section)
-        failed += [] if ok else [part.name]
-    shown = (summary(settings, config, machine, [*measured, *included]), *measured, *included)
-    page = page_lib.write(
-        settings.out, page_lib.Report(f"Report on {settings.model.name}", shown, failed=tuple(failed))
-    )
-    return page, tuple(failed)
+    finished = [finish(part, settings.out / "sections", common) for part in todo]
+    failed = tuple(section.name for section, ok in finished if not ok)
+    shown = [*(section for section, _ in finished), *included]
+    machine |= {"allmem-jax": importlib.metadata.version("allmem-jax")}
+    whole = (summary(settings, config, machine, shown), *shown)
+    return page_lib.write(settings.out, page_lib.Report(f"Report on {settings.model.name}", whole, (), failed)), failed
 
 
 def read_config(folder: pathlib.Path) -> config_lib.ModelConfig:
@@ -136,23 +128,14 @@ def read_config(folder: pathlib.Path) -> config_lib.ModelConfig:
     return load_lib.read_config(folder)
 
 
-def key(settings: dict[str, Any]) -> str:
-    """A short name for all that decides a result."""
-    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
+def finish(part: Part, folder: pathlib.Path, common: dict[str, Any]) -> tuple[sections.Section, bool]:
+    """The part's section, measured or found in `folder`; and whether that went well. `common` decides all parts."""
 
+    def work() -> dict[str, Any]:
+        return dataclasses.asdict(dataclasses.replace(part.measure(), name=part.name))
 
-def finish(part: Part, path: pathlib.Path) -> tuple[sections.Section, bool]:
-    """The part's section, reused from `path` or measured and kept there; and whether that went well."""
     try:
-        if path.exists():
-            say(f"{part.name}: reused from {path}")
-            return sections.load(path), True
-        say(f"{part.name} ...")
-        began = time.monotonic()
-        section = dataclasses.replace(part.measure(), name=part.name)
-        sections.save(path, section)
-        say(f"{part.name} took {time.monotonic() - began:.0f} s")
-        return section, True
+        return sections.parse(kept.result(folder, part.name, common | part.settings, work, say=say)), True
     except Exception as error:  # whatever one part meets, the others go on
         line = " ".join(f"{type(error).__name__}: {error}".split())
         say(f"{part.name} failed: {line}")
@@ -189,9 +172,8 @@ def _answers(given: Given) -> Part:
     longest = settings.prompt_length or min(max(512, 4 * given.config.window), given.config.max_length)
     questions = questions_lib.read_questions(settings.questions) if settings.questions else []
     sizes = {"lengths": longest, "samples": settings.samples}
-    dtype = _flags({"dtype": settings.dtype})
-    words = ["allmem", "recall", str(settings.model), *map(str, settings.texts), *_flags(sizes), *dtype]
-    words += ["--questions", str(settings.questions)] if questions else []
+    options = sizes | {"dtype": settings.dtype, "questions": settings.questions}
+    command = sections.command("recall", settings.model, *settings.texts, **options)
     identity = sizes | {"texts": texts, "questions": [dataclasses.asdict(question) for question in questions]}
 
     def measure() -> sections.Section:
@@ -200,12 +182,12 @@ def _answers(given: Given) -> Part:
         limits = dict(window=config.window, sinks=config.sinks)
         maker = questions_lib.Prompts(tokenizer, texts, chat=asked.chat, questions=questions, **limits)
         left_out = {name: why for name in asked.tasks if (why := _misfit(maker, name, longest, settings.samples))}
-        kept = tuple(name for name in asked.tasks if name not in left_out)
-        if not kept:
+        fitting = tuple(name for name in asked.tasks if name not in left_out)
+        if not fitting:
             raise ValueError(f"no question fits: {'; '.join(left_out.values())}")
-        asked = dataclasses.replace(asked, tasks=kept, lengths=(longest,), samples=settings.samples)
+        asked = dataclasses.replace(asked, tasks=fitting, lengths=(longest,), samples=settings.samples)
         backbone, variants = recall.variants(config, params)
-        command = recall.command(settings.model, settings.texts, settings.questions, asked, config)
+        exact = recall.command(settings.model, settings.texts, settings.questions, asked, config)
         section = recall.section(
             asked,
             backbone,
@@ -215,11 +197,11 @@ def _answers(given: Given) -> Part:
             questions=questions,
             parts=settings.out / "sections" / "answers",
             source=recall.fingerprint(settings.model),
-            command=command,
+            command=exact,
         )
         return dataclasses.replace(section, text=(*section.text, *(f"Left out: {why}." for why in left_out.values())))
 
-    return Part("answers", "Answers to questions about what was read", shlex.join(words), identity, measure)
+    return Part("answers", "Answers to questions about what was read", command, identity, measure)
 
 
 def _misfit(maker: questions_lib.Prompts, task: str, length: int, samples: int) -> str:
@@ -268,17 +250,13 @@ def _longbench(given: Given) -> Part:
     def measure() -> sections.Section:
         loaded, params, tokenizer = given.load()
         variants = longbench.variants(loaded, params, mixers)
-        kept, total = settings.out / "sections" / settings.suite, sum(plan.counts) * len(variants)
+        folder, total = settings.out / "sections" / settings.suite, sum(plan.counts) * len(variants)
         with tqdm.tqdm(total=total, desc="answering", leave=False, disable=not sys.stderr.isatty()) as bar:
-            results = longbench.run(plan, params, tokenizer, variants, kept, bar.update)
+            results = longbench.run(plan, params, tokenizer, variants, folder, bar.update)
         return longbench.section(results, command)
 
     identity = dataclasses.asdict(chosen) | {"files": recall.fingerprint(settings.longbench)}
     return Part(settings.suite, longbench.TITLES[settings.suite], command, identity, measure)
-
-
-def _flags(options: dict[str, Any]) -> list[str]:
-    return [word for name, value in options.items() for word in (f"--{name.replace('_', '-')}", str(value))]
 
 
 def summary(

@@ -20,12 +20,12 @@ import numpy as np
 import tqdm
 
 from allmem_jax.decoding import generation
+from allmem_jax.evaluation import cost
 from allmem_jax.model import config as config_lib
 from allmem_jax.model import lm
 from allmem_jax.model import state as state_lib
 from allmem_jax.reporting import sections
 
-MIXERS = ("full", "swa", "mamba2", "delta", "allmem")
 CONTEXTS = (1024, 4096, 16384)
 HEADER = ("mixer", "tokens", "prefill ms/token", "decode ms/token", "state MB", "programs")
 
@@ -45,7 +45,7 @@ def small(config: config_lib.ModelConfig) -> config_lib.ModelConfig:
 def measure(
     config: config_lib.ModelConfig,
     *,
-    mixers: Sequence[str] = MIXERS,
+    mixers: Sequence[str] = cost.MIXERS,
     contexts: Sequence[int] = CONTEXTS,
     piece: int = 256,
     repeats: int = 3,

@@ -1,11 +1,11 @@
 """A folder that shows measurements: `report.json` (all numbers), `index.html` and a PNG of each section's plots.
 
-The page is one file: it needs no other and no network. Pictures are inside it, and all text is escaped.
+The page is one file, `page.html` filled in: it needs no other and no network. Pictures are inside it, and all text is
+escaped.
 """
 
 import base64
 import dataclasses
-import html
 import io
 import json
 import os
@@ -15,38 +15,11 @@ import textwrap
 from collections.abc import Sequence
 from typing import Any
 
+import jinja2
+
 from allmem_jax.reporting import sections as sections_lib
 from allmem_jax.storage import files
 
-STYLE = """
-:root { color-scheme: light dark; --back: #fff; --ink: #1f2328; --soft: #59636e; --line: #d5dbe1; --panel: #f4f6f8;
-  --link: #0b5cad; --bad: #b42318; }
-@media (prefers-color-scheme: dark) {
-  :root { --back: #14171a; --ink: #dfe3e8; --soft: #9aa4af; --line: #353c44; --panel: #1e2328; --link: #6cb2ff;
-    --bad: #ff8a7a; }
-  img { filter: invert(1) hue-rotate(180deg); mix-blend-mode: screen; } }
-* { box-sizing: border-box; }
-body { font: 16px/1.55 system-ui, sans-serif; max-width: 66rem; margin: 0 auto; padding: 1.5rem 1.2rem 4rem;
-  background: var(--back); color: var(--ink); }
-h1 { font-size: 1.8rem; line-height: 1.2; margin: .5rem 0 1rem; text-wrap: balance; }
-h2 { font-size: 1.3rem; line-height: 1.3; margin: 3rem 0 .8rem; padding-top: .8rem; border-top: 1px solid var(--line); }
-p { max-width: 46rem; margin: .6rem 0; overflow-wrap: anywhere; } section > p:first-of-type { font-weight: 600; }
-a { color: var(--link); } .failed, .failed a { color: var(--bad); }
-nav { background: var(--panel); border-radius: 8px; padding: .8rem 1.2rem; margin: 1.4rem 0; }
-nav ol { margin: 0; padding-left: 1.4rem; columns: 20rem 2; }
-.wide { overflow-x: auto; margin: 1.2rem 0; } table { border-collapse: collapse; font-size: .92rem; }
-caption { text-align: left; font-weight: 600; padding-bottom: .3rem; }
-th, td { padding: .3rem .9rem .3rem 0; text-align: right; vertical-align: top; border-bottom: 1px solid var(--line);
-  font-variant-numeric: tabular-nums; white-space: nowrap; }
-th { color: var(--soft); font-weight: 600; vertical-align: bottom; white-space: normal; }
-.words { text-align: left; white-space: pre-line; min-width: 7rem; max-width: 44rem; overflow-wrap: break-word; }
-img { display: block; max-width: max(100%, 42rem); height: auto; }
-pre { background: var(--panel); border-radius: 8px; padding: .7rem 1rem; margin: .4rem 0; white-space: pre-wrap;
-  overflow-wrap: anywhere; font: 14px/1.5 ui-monospace, monospace; }
-.label { color: var(--soft); font-size: .85rem; margin: 1.2rem 0 0; }
-"""
-# Nothing may be fetched, whatever the text of a section is.
-POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#b04c95", "#c98a00", "#3aa0d8", "#6a3d9a", "#555555")
 DASHES = ("-", "--", "-.", ":")
 NUMBER = re.compile(r"[-+]?[\d.].{0,23}|-?")
@@ -158,59 +131,19 @@ def _plain(text: str) -> str:
 
 def page(report: Report, pictures: dict[str, bytes]) -> str:
     """The HTML page; `pictures` are the PNGs of the sections that have plots."""
-    title = html.escape(report.title)
-    parts = [f"<h1>{title}</h1>", *(f"<p>{html.escape(note)}</p>" for note in report.notes)]
-    if len(report.sections) > 1:
-        links = (
-            f'<li{_mark(report, section)}><a href="#{section.name}">{html.escape(section.title)}</a></li>'
-            for section in report.sections
-        )
-        parts.append(f"<nav><ol>{''.join(links)}</ol></nav>")
-    for section in report.sections:
-        parts.append(f'<section id="{section.name}"{_mark(report, section)}>')
-        parts += _section(section, pictures.get(section.name))
-        parts.append("</section>")
-    head = (
-        f'<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
-        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}"><title>{title}</title><style>{STYLE}</style>'
-    )
-    body = "\n".join(parts)
-    return f'<!doctype html>\n<html lang="en"><head>{head}</head>\n<body>\n{body}\n</body></html>\n'
+    loader = jinja2.FileSystemLoader(pathlib.Path(__file__).parent)
+    templates = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, undefined=jinja2.StrictUndefined)
+    encoded = {name: base64.b64encode(picture).decode() for name, picture in pictures.items()}
+    template = templates.get_template("page.html")
+    return template.render(report=report, pictures=encoded, columns_of_words=columns_of_words)
 
 
-def _mark(report: Report, section: sections_lib.Section) -> str:
-    return ' class="failed"' if section.name in report.failed else ""
-
-
-def _section(section: sections_lib.Section, picture: bytes | None) -> list[str]:
-    """Heading, sentences, picture, tables, and the command that makes the figures again."""
-    parts = [f"<h2>{html.escape(section.title)}</h2>", *(f"<p>{html.escape(text)}</p>" for text in section.text)]
-    if picture is not None:
-        about = html.escape("; ".join(plot.title for plot in section.plots), quote=True)
-        data = base64.b64encode(picture).decode()
-        parts.append(f'<div class="wide"><img alt="{about}" src="data:image/png;base64,{data}"></div>')
-    parts += [table(each) for each in section.tables]
-    if section.command:
-        parts.append(f'<div class="label">Made by</div><pre>{html.escape(section.command)}</pre>')
-    return parts
-
-
-def table(content: sections_lib.Table) -> str:
-    """An HTML table; every cell is escaped. Columns that hold more than numbers are set as words."""
-    width = len(content.header)
-    words = [
-        column == 0 or not all(NUMBER.fullmatch(row[column]) for row in content.rows if column < len(row))
-        for column in range(width)
+def columns_of_words(table: sections_lib.Table) -> list[bool]:
+    """Which columns of a table are set as words: the first, and those that hold more than numbers."""
+    return [
+        column == 0 or not all(NUMBER.fullmatch(row[column]) for row in table.rows if column < len(row))
+        for column in range(max(map(len, (table.header, *table.rows))))
     ]
-
-    def line(tag: str, cells: Sequence[str]) -> str:
-        marks = [' class="words"' if is_words else "" for is_words in [*words, *[True] * len(cells)]]
-        return "".join(f"<{tag}{mark}>{html.escape(cell)}</{tag}>" for mark, cell in zip(marks, cells, strict=False))
-
-    caption = f"<caption>{html.escape(content.caption)}</caption>" if content.caption else ""
-    body = "\n".join(f"<tr>{line('td', row)}</tr>" for row in content.rows)
-    head = f"<thead><tr>{line('th', content.header)}</tr></thead>"
-    return f'<div class="wide"><table>{caption}{head}<tbody>\n{body}\n</tbody></table></div>'
 
 
 def number(value: float | int | None) -> str:

@@ -9,6 +9,7 @@ import json
 import os
 import pathlib
 import shlex
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from allmem_jax.storage import files
@@ -65,9 +66,32 @@ class Section:
     data: Any = None
 
 
+def plain(table: Table) -> str:
+    """A table as lines of text: its caption, then columns."""
+    rows = [table.header, *table.rows]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ("  ".join([first.ljust(widths[0]), *map(str.rjust, rest, widths[1:])]) for first, *rest in rows)
+    return "\n".join([table.caption, *lines])
+
+
 def command(name: str, *words: Any, **options: Any) -> str:
     """The `allmem` command that a user types: `words` and the options that are set; True is a flag, a tuple a list."""
-    line = ["allmem", name, *map(str, words)]
+    return _line(["allmem", name, *words], options)
+
+
+def program(module: str, settings: Any, positional: Sequence[str] = ()) -> str:
+    """The command line that gives `settings` (a dataclass) again: its fields that are not at their defaults.
+
+    `positional` are the fields that are given without their names; they come first.
+    """
+    defaults = {field.name: field.default for field in dataclasses.fields(settings)}
+    changed = {name: value for name, value in vars(settings).items() if value != defaults[name]}
+    words = [changed.pop(name) for name in positional if name in changed]
+    return _line(["python", "-m", module, *words], changed)
+
+
+def _line(words: Sequence[Any], options: Mapping[str, Any]) -> str:
+    line = [*map(str, words)]
     for option, value in options.items():
         if value is None or value is False or value == ():
             continue
@@ -84,15 +108,22 @@ def save(path: str | os.PathLike[str], section: Section) -> None:
 def load(path: str | os.PathLike[str]) -> Section:
     """Reads what `save` wrote; ValueError on anything else."""
     try:
-        fields = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
+        return parse(json.loads(pathlib.Path(path).read_text(encoding="utf-8")))
+    except ValueError as error:
+        raise ValueError(f"{path} is not a section of a report: {error}") from None
+
+
+def parse(fields: Any) -> Section:
+    """The section whose fields JSON holds, as `dataclasses.asdict` gives them; ValueError on anything else."""
+    try:
         tables = tuple(
             Table(table["caption"], tuple(table["header"]), tuple(tuple(row) for row in table["rows"]))
-            for table in fields.pop("tables")
+            for table in fields["tables"]
         )
         plots = tuple(
             Plot(**{**plot, "lines": {name: (tuple(xs), tuple(ys)) for name, (xs, ys) in plot["lines"].items()}})
-            for plot in fields.pop("plots")
+            for plot in fields["plots"]
         )
-        return Section(**{**fields, "text": tuple(fields["text"])}, tables=tables, plots=plots)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is not a section of a report: {error}") from None
+        return Section(**{**fields, "text": tuple(fields["text"]), "tables": tables, "plots": plots})
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(str(error)) from None

@@ -5,7 +5,6 @@ recall, recall_grid   recall beyond the window, from scratch
 evidence              every mixer distilled, beside its control
 compare               what the window alone loses
 overhead              what the loop costs beside its steps
-stages                results that are kept under what they depend on
 """
 
 __all__ = []

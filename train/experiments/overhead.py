@@ -7,12 +7,10 @@ there already; the data stream runs alone. Compiling and checkpoints are left ou
 import dataclasses
 import json
 import statistics
-import sys
 import tempfile
 import time
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated
 
 import jax
 import tyro
@@ -20,8 +18,8 @@ import tyro
 from allmem_jax.model import sharding
 from train import errors, finetune
 from train.data import stream as stream_lib
-from train.loop import compiled, metrics
-from train.recipe import FinetuneConfig
+from train.loop import batches, compiled, metrics, models
+from train.recipe import FinetuneConfig, read_recipe
 
 COMPILING = 20  # steps of the loop that are not counted
 
@@ -37,40 +35,34 @@ def measure(config: FinetuneConfig, steps: int) -> dict[str, float]:
             checkpoint_every=10**6,
             export=False,
         )
-        pretrained = finetune.load(config)
-        rows = finetune.read_rows(config, pretrained, config.texts)
+        pretrained = models.load(config)
+        rows = batches.read_rows(config, pretrained, config.texts)
         finetune.run(config, pretrained, rows)
         lines = metrics.read_metrics(Path(folder) / "metrics.jsonl")
     tokens = config.batch * config.seq_length
-    found = {"loop": _typical([line["tokens_per_s"] / tokens for line in lines[COMPILING:]]) * tokens}
-    found["bare"] = tokens * _bare(config, pretrained, rows, steps)
+    # Medians, so that what else the machine did for a moment does not count.
+    found = {"loop": statistics.median(line["tokens_per_s"] for line in lines[COMPILING:])}
+    found["bare"] = tokens / statistics.median(_bare(config, pretrained, rows, steps))
     found["data"] = tokens / _data(config, rows, 10 * steps)
     return found | {"loop_over_bare": found["loop"] / found["bare"], "data_over_bare": found["data"] / found["bare"]}
 
 
-def _bare(config: FinetuneConfig, pretrained: finetune.Pretrained, rows: stream_lib.Source, steps: int) -> float:
-    """Steps a second when nothing else is done."""
+def _bare(config: FinetuneConfig, pretrained: models.Pretrained, rows: stream_lib.Source, steps: int) -> list[float]:
+    """Seconds of each step when nothing else is done."""
     mesh = sharding.make_mesh(*config.mesh)
-    state, frozen = finetune.start(config, pretrained, mesh)
+    state, frozen = compiled.start(config, pretrained, mesh)
     teacher, student = compiled.make(config, pretrained.config, sharding.tree_shardings(state, mesh), mesh)
-    own = finetune.own_rows(mesh, config.batch)
-    arrays = next(stream_lib.Stream(rows, config.batch, seed=0, local=own))
     chunk, window, sinks = config.draw(1)
     with jax.set_mesh(mesh):
-        batch = finetune.place_batch(arrays, mesh, own, config.batch, config.packed)
-        rates = []
+        batch = batches.place(config, next(batches.stream(config, rows, mesh, seed=0)), mesh)
+        seconds = []
         for step in range(COMPILING + steps):
             began = time.perf_counter()
             hidden = teacher(frozen, batch) if teacher else None
             state, _ = student(chunk)(state, frozen, batch, hidden, window, sinks, compiled.draw(config, step))
             jax.block_until_ready(state)
-            rates.append(1 / (time.perf_counter() - began))
-    return _typical(rates[COMPILING:])
-
-
-def _typical(rates: list[float]) -> float:
-    """The median, so that what else the machine did for a moment does not count."""
-    return statistics.median(rates)
+            seconds.append(time.perf_counter() - began)
+    return seconds[COMPILING:]
 
 
 def _data(config: FinetuneConfig, rows: stream_lib.Source, steps: int) -> float:
@@ -83,22 +75,17 @@ def _data(config: FinetuneConfig, rows: stream_lib.Source, steps: int) -> float:
     return (time.perf_counter() - began) / steps
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """The command."""
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
-    recipe = arguments.pop(0) if arguments and not arguments[0].startswith("-") else "configs/smoke.py"
-    program = "python -m train.experiments.overhead [RECIPE]"
-    options: Any = tyro.cli(_Options, prog=program, description=__doc__, args=arguments)
-    with errors.one_line():
-        found = measure(finetune.read_recipe(recipe), options.steps)
+def main(recipe: Annotated[str, tyro.conf.Positional] = "configs/smoke.py", steps: int = 300) -> None:
+    """Measures what the loop of train.finetune costs beside its steps.
+
+    Args:
+      recipe: of the run.
+      steps: to time.
+    """
+    found = measure(read_recipe(recipe), steps)
     print(json.dumps({name: round(value, 3) for name, value in found.items()}, indent=2))
 
 
-@dataclasses.dataclass(frozen=True)
-class _Options:
-    steps: int = 300
-    """Steps to time."""
-
-
 if __name__ == "__main__":
-    main()
+    with errors.one_line():
+        tyro.cli(main, prog="python -m train.experiments.overhead")

@@ -19,20 +19,20 @@ from allmem_jax.evaluation import divergence, questions, recall
 from allmem_jax.model import config as config_lib
 from allmem_jax.model import lm, state
 from allmem_jax.reporting import sections
-from train import finetune
+from train.loop import models
 
 TOLD = (("Clara", "violin"), ("Walter", "copper"), ("Ruth", "castle"))  # names and what is said of them
 ANSWER = 8  # tokens
 NAME = "read_once"
 
 
-def load(path: str, memory: str, window: int) -> finetune.Pretrained:
+def load(path: str, memory: str, window: int) -> models.Pretrained:
     """A pretrained model with a trained memory, see `load_pretrained`."""
     config, params, tokenizer = load_lib.load_pretrained(path, memory=memory, window=window)
-    return finetune.Pretrained(config, *lm.split_params(params), tokenizer)
+    return models.Pretrained(config, *lm.split_params(params), tokenizer)
 
 
-def ask(released: finetune.Pretrained, texts: Mapping[str, str], settings: recall.Settings) -> list[recall.Result]:
+def ask(released: models.Pretrained, texts: Mapping[str, str], settings: recall.Settings) -> list[recall.Result]:
     """`recall.measure` of all that `recall.variants` has but writing off, which is windowed attention itself."""
     params = lm.merge_params(released.backbone, released.memory)
     _, variants = recall.variants(released.config, params)
@@ -40,7 +40,7 @@ def ask(released: finetune.Pretrained, texts: Mapping[str, str], settings: recal
     return recall.measure(settings, released.backbone, released.tokenizer, texts, asked)
 
 
-def read_once(released: finetune.Pretrained, text: str, length: int, path: pathlib.Path) -> dict[str, Any]:
+def read_once(released: models.Pretrained, text: str, length: int, path: pathlib.Path) -> dict[str, Any]:
     """Reads a text in which `TOLD` is said, and asks for it from the state that it wrote.
 
     Args:

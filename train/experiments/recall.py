@@ -1,8 +1,8 @@
 """Recall beyond the window, from scratch: where only a memory can help.
 
-    python -m train.experiments.recall                                        # AllMem, its writing-off control and SWA;
-    minutes python -m train.experiments.recall mqar --variants allmem delta --pairs 2 4 8 --model.lr_init 0.05 python -m
-    train.experiments.recall passkey --steps 500                    # one value of five digits
+    python -m train.experiments.recall                          # AllMem, its writing-off control and SWA; minutes
+    python -m train.experiments.recall mqar --variants allmem delta --pairs 2 4 8 --model.lr_init 0.05
+    python -m train.experiments.recall passkey --steps 500      # one value of five digits
 
 A tiny model reads noise, then key-value pairs, then noise longer than the reach of its windows, then the keys again
 in another order, and must answer each with its value (multi-query associative recall, arXiv 2312.04927). It never
@@ -31,7 +31,7 @@ import tyro
 from allmem_jax.evaluation import cost
 from allmem_jax.model import config as config_lib
 from allmem_jax.model import functional, lm
-from allmem_jax.storage import stores
+from allmem_jax.storage import files, stores
 from train import errors
 
 Variant = Literal["allmem", "write_off", "mamba2", "delta", "swa", "full"]
@@ -298,8 +298,7 @@ def main(config: RecallConfig) -> list[dict[str, Any]]:
         found = "".join(f"{accuracy:>8.3f}" for _, _, accuracy in row["accuracy"])
         print(f"{row['variant']:<10} {row['steps']:>6} {row['seconds']:>8.1f}{found}")
     if config.out is not None:
-        config.out.parent.mkdir(parents=True, exist_ok=True)
-        config.out.write_text(json.dumps(results))
+        files.write(config.out, json.dumps(results))
     return results
 
 

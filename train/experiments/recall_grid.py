@@ -1,15 +1,15 @@
 """Recall by number of pairs and by distance, AllMem beside Mamba-2, the gated delta rule and the controls.
 
-    python -m train.experiments.recall_grid                          # everything, one seed; what is done is not
-    repeated python -m train.experiments.recall_grid --settings mqar --entrants allmem delta --seeds 0 1 2
+    python -m train.experiments.recall_grid       # everything, one seed; what is done is not repeated
+    python -m train.experiments.recall_grid --settings mqar --entrants allmem delta --seeds 0 1 2
 
 Each setting, entrant and seed is trained on its own (see `train.experiments.recall`) and leaves
-OUT/SETTING-ENTRANT-SEED.json. Commands on the same OUT share the work: what has a result is read. OUT/section.json is
-the part of a report.
+OUT/SETTING-ENTRANT-SEED-KEY.json. Commands on the same OUT share the work: what has a result is read. OUT/section.json
+is the part of a report.
 """
 
 import dataclasses
-import json
+import functools
 import pathlib
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -18,10 +18,10 @@ import numpy as np
 import tqdm
 import tyro
 
-from allmem_jax.reporting import sections
-from allmem_jax.storage import files, stores
+from allmem_jax.reporting import kept, sections
+from allmem_jax.storage import stores
 from train import errors
-from train.experiments import recall, stages
+from train.experiments import recall
 
 Row = dict[str, Any]
 
@@ -91,25 +91,9 @@ class GridConfig:
                     raise ValueError(f"{field}={name!r} is not one of {', '.join(map(repr, allowed))}")
 
 
-def result(config: recall.RecallConfig, path: pathlib.Path) -> Row:
-    """The row of one run: read from `path`, or trained and written there, whole or not at all.
-
-    Raises:
-      ValueError: `path` holds something else, or the result of other settings.
-    """
-    settings = json.loads(json.dumps(dataclasses.asdict(config)))
-    if path.exists():
-        try:
-            row = json.loads(path.read_text(encoding="utf-8"))
-            same = row["config"] == settings
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path} is not a result of this command: {error!r}; delete it") from None
-        if not same:
-            raise ValueError(f"{path} is the result of other settings; delete it, or choose another --out")
-        return row
-    row = {"config": settings, **recall.train(config, config.variants[0])}
-    files.write(path, json.dumps(row))
-    return json.loads(json.dumps(row))
+def trained(config: recall.RecallConfig) -> Row:
+    """The row of one run, with the settings that it comes from."""
+    return {"config": dataclasses.asdict(config), **recall.train(config, config.variants[0])}
 
 
 def run(settings: GridConfig) -> dict[str, dict[str, list[Row]]]:
@@ -126,7 +110,8 @@ def run(settings: GridConfig) -> dict[str, dict[str, list[Row]]]:
     found: dict[str, dict[str, list[Row]]] = {}
     for name, entrant, seed in tqdm.tqdm(runs, desc="recall", disable=None):
         config = SETTINGS[name].of(entrant, seed, settings.steps)
-        row = result(config, settings.out / f"{name}-{entrant}-{seed}.json")
+        work, part = functools.partial(trained, config), f"{name}-{entrant}-{seed}"
+        row = kept.result(settings.out, part, dataclasses.asdict(config), work, say=tqdm.tqdm.write)
         found.setdefault(name, {}).setdefault(entrant, []).append(row)
     return found
 
@@ -218,7 +203,7 @@ def section(settings: GridConfig, results: dict[str, dict[str, list[Row]]]) -> s
     return sections.Section(
         name="recall_from_scratch",
         title="Recall from scratch",
-        command=stages.command("train.experiments.recall_grid", settings),
+        command=sections.program("train.experiments.recall_grid", settings),
         text=(" ".join(finding(*each) for each in titled), method),
         tables=tuple(table(*each) for each in titled),
         plots=tuple(plot for each in titled for plot in plots(*each)),
@@ -231,12 +216,7 @@ def main(settings: GridConfig) -> sections.Section:
     stores.local_only(settings.out, "out")
     made = section(settings, run(settings))
     sections.save(settings.out / "section.json", made)
-    for each in made.tables:
-        print(each.caption)
-        widths = [max(map(len, column)) for column in zip(each.header, *each.rows, strict=True)]
-        for line in (each.header, *each.rows):
-            print("  ".join(text.rjust(width) for text, width in zip(line, widths, strict=True)))
-    print(made.text[0])
+    print(*map(sections.plain, made.tables), made.text[0], sep="\n")
     return made
 
 

@@ -1,7 +1,11 @@
 """What a training run is made of.
 
+models        the model that it starts from, and the files that it leaves
+batches       rows of texts, on their way to the devices
 steps         one step as pure functions
+optimizer     AdamW and its schedule
 compiled      a recipe's jitted functions
+evaluation    held-out texts
 checkpoint    what is trained, saved and found again
 metrics       what a run says
 distributed   joining the processes of a run
@@ -9,4 +13,17 @@ flops, plan   what a step costs, and whether it fits
 tiny          a toy model that needs no files
 """
 
-__all__ = ["checkpoint", "compiled", "distributed", "flops", "metrics", "plan", "steps", "tiny"]
+__all__ = [
+    "batches",
+    "checkpoint",
+    "compiled",
+    "distributed",
+    "evaluation",
+    "flops",
+    "metrics",
+    "models",
+    "optimizer",
+    "plan",
+    "steps",
+    "tiny",
+]

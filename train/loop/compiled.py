@@ -14,7 +14,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from allmem_jax.model import config as config_lib
 from allmem_jax.model import lm, sharding
-from train.loop import steps
+from train.loop import models, steps
+from train.loop import optimizer as optimizer_lib
 from train.recipe import FinetuneConfig
 
 
@@ -42,8 +43,8 @@ def random_params(config: FinetuneConfig, model_config: config_lib.ModelConfig) 
 
 def optimizer(config: FinetuneConfig) -> optax.GradientTransformation:
     """AdamW on the recipe's schedule."""
-    schedule = steps.wsd_schedule(config.learning_rate, config.steps, config.warmup, config.decay)
-    return steps.make_optimizer(schedule, config.betas, config.weight_decay, config.clip)
+    schedule = optimizer_lib.wsd_schedule(config.learning_rate, config.steps, config.warmup, config.decay)
+    return optimizer_lib.make(schedule, config.betas, config.weight_decay, config.clip)
 
 
 def step_loss(config: FinetuneConfig) -> steps.Loss:
@@ -80,27 +81,24 @@ def make(
     everywhere = NamedSharding(mesh, PartitionSpec())
 
     @functools.cache
-    def student(chunk: int) -> Any:
-        chosen = model_config.replace(chunk=chunk)
+    def program(chunk: int) -> Any:
+        one = functools.partial(
+            steps.train_step,
+            config=model_config.replace(chunk=chunk),
+            loss=loss,
+            optimizer=update,
+            microbatches=config.accumulate,
+            ema=config.ema,
+        )
 
         def step(state, frozen, batch, hidden, window, sinks, drawn):
             key = jax.random.fold_in(jax.random.key(drawn[0]), drawn[1])
-            return steps.train_step(
-                state,
-                frozen,
-                batch,
-                hidden,
-                window,
-                sinks,
-                key,
-                config=chosen,
-                loss=loss,
-                optimizer=update,
-                microbatches=config.accumulate,
-                ema=config.ema,
-            )
+            return one(state, frozen, batch, hidden, window, sinks, key)
 
         return jax.jit(step, donate_argnums=0, out_shardings=(shardings, everywhere))
+
+    def student(chunk: int) -> Any:
+        return program(chunk if model_config.mixer == "allmem" else max(config.chunk))  # the baselines have no chunks
 
     if config.objective == "pretrain":
         return None, student
@@ -109,3 +107,16 @@ def make(
         return steps.teacher_hidden(frozen, model_config, batch, config.accumulate)
 
     return jax.jit(hidden, out_shardings=sharding.batch_sharding(mesh)), student
+
+
+def start(config: FinetuneConfig, pretrained: models.Pretrained, mesh: Mesh) -> tuple[steps.TrainState, lm.Params]:
+    """The state before the first step, and the frozen parameters, where they belong on the mesh."""
+    if pretrained.backbone is None or pretrained.memory is None:
+        init = functools.partial(random_params, config, pretrained.config)
+        params = jax.jit(init, out_shardings=sharding.tree_shardings(jax.eval_shape(init), mesh))()
+    else:
+        params = sharding.place(lm.merge_params(pretrained.backbone, pretrained.memory), mesh)
+    trained, frozen = split(config, params)
+    first = functools.partial(initial_state, config)
+    shardings = sharding.tree_shardings(jax.eval_shape(first, trained), mesh)
+    return jax.jit(first, out_shardings=shardings)(trained), frozen

@@ -4,13 +4,114 @@ import json
 import math
 import os
 import sys
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import jax
 import tqdm
 
+from allmem_jax.model import config as config_lib
 from allmem_jax.storage import files, stores
+from train.loop import distributed, flops
+from train.recipe import FinetuneConfig
+
+
+class Reports:
+    """Tells each step once the next one is under way, so that the devices never wait for what is said of them.
+
+    Every process has one, as all must stop where steps diverge; the main process writes and shows.
+
+    Args:
+      config: the recipe.
+      model_config: of the student.
+      devices: how many there are.
+      out: the output folder.
+      done: steps done before; lines of later ones (of a process killed after its last checkpoint) are removed.
+    """
+
+    def __init__(
+        self, config: FinetuneConfig, model_config: config_lib.ModelConfig, devices: int, out: Path, done: int
+    ):
+        self._config, self._model_config = config, model_config
+        self._devices, self._kind = devices, jax.devices()[0].device_kind
+        self._told: list[MetricsLog | Progress] = []
+        if distributed.main_process():
+            events = out / "tensorboard" if config.tensorboard else None
+            log = MetricsLog(out / "metrics.jsonl", done, tensorboard=events, wandb=config.wandb)
+            self._told = [log, Progress(done, config.steps, config.log_every)]
+        self._waiting: tuple[dict[str, Any], Any] | None = None
+        self._began = time.perf_counter()
+
+    def __enter__(self) -> "Reports":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for each in self._told:
+            each.close()
+
+    def add(self, line: dict[str, Any], values: Any) -> None:
+        """Takes a step, whose values may still be computed, and tells the one before."""
+        self.flush()
+        self._waiting = line, values
+
+    @contextmanager
+    def paused(self) -> Iterator[dict[str, Any]]:
+        """Waits for the step that was taken last. What is done in here does not count as its time; yields its line."""
+        assert self._waiting is not None
+        line, values = self._waiting
+        jax.block_until_ready(values)
+        paused = time.perf_counter()
+        yield line
+        self._began += time.perf_counter() - paused
+
+    def flush(self) -> None:
+        """Tells the step that was taken last; FloatingPointError where too many in a row were not finite."""
+        if self._waiting is None:
+            return
+        (line, values), self._waiting = self._waiting, None
+        line |= {name: value.item() for name, value in jax.device_get(values).items()}
+        began, self._began = self._began, time.perf_counter()
+        line |= flops.speed(self._config, self._model_config, line, self._began - began, self._devices, self._kind)
+        line |= device_memory()
+        for each in self._told:
+            each.show(line)
+        if line["skipped_in_a_row"] >= self._config.max_bad_steps:
+            raise FloatingPointError(
+                f"{line['skipped_in_a_row']} steps in a row had a loss or gradient that is not finite; the last was "
+                f"step {line['step']}. Lower learning_rate={self._config.learning_rate} or "
+                f"lr_init={self._model_config.lr_init} and start in another output folder"
+            )
+
+
+def device_memory() -> dict[str, float]:
+    """The most memory that this process's first device has held, in GiB, where the device tells."""
+    stats = jax.local_devices()[0].memory_stats() or {}
+    return {"hbm_gib": stats["peak_bytes_in_use"] / 2**30} if "peak_bytes_in_use" in stats else {}
+
+
+@contextmanager
+def profiler(folder: Path, count: int, done: int) -> Iterator[Callable[[int], None]]:
+    """A function to call before each step after `done`: it starts and ends a trace of `count` steps, or of none."""
+    first = done + 3  # the first two compile
+    running = False
+
+    def before(step: int) -> None:
+        nonlocal running
+        if count and step == first:
+            jax.profiler.start_trace(folder)
+            running = True
+        elif running and step == first + count:
+            jax.profiler.stop_trace()
+            running = False
+
+    try:
+        yield before
+    finally:
+        if running:
+            jax.profiler.stop_trace()
 
 
 class MetricsLog:
@@ -30,17 +131,15 @@ class MetricsLog:
         self._events = None if tensorboard is None else _Events(tensorboard, start)
         self._wandb = _wandb(wandb, file.parent) if wandb else None
 
-    def __enter__(self) -> "MetricsLog":
-        return self
-
-    def __exit__(self, *exception: object) -> None:
+    def close(self) -> None:
+        """Ends all of these."""
         self._file.close()
         if self._events is not None:
             self._events.close()
         if self._wandb is not None:
             self._wandb.finish()
 
-    def write(self, line: Mapping[str, Any]) -> None:
+    def show(self, line: Mapping[str, Any]) -> None:
         """Writes one step's values, null for those that are not finite."""
         clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}
         self._file.write(json.dumps(clean) + "\n")
@@ -103,10 +202,8 @@ class Progress:
         terminal = sys.stderr.isatty()
         self._bar = tqdm.tqdm(total=steps, initial=start, unit="step", dynamic_ncols=True) if terminal else None
 
-    def __enter__(self) -> "Progress":
-        return self
-
-    def __exit__(self, *exception: object) -> None:
+    def close(self) -> None:
+        """Ends the bar."""
         if self._bar is not None:
             self._bar.close()
 

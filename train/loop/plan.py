@@ -90,32 +90,27 @@ def compile_step(config: FinetuneConfig, model_config: config_lib.ModelConfig, m
         "average": state.average,
         "batch": batch,
     }
-    memory = {part: _gib(tree) for part, tree in parts.items()}
-    hidden, refused, peaks, text = None, "", [], ""
+    memory, hidden = {part: _gib(tree) for part, tree in parts.items()}, None
+    if teacher is not None:
+        shape = (config.batch, config.seq_length, model_config.d_model)
+        hidden = jax.ShapeDtypeStruct(shape, model_config.dtype, sharding=sharding.batch_sharding(mesh))
+        memory["teacher's hidden states"] = _gib(hidden)
+    temporaries: dict[str, float] = {}
     scalar = jax.ShapeDtypeStruct((), jnp.int32, sharding=NamedSharding(mesh, PartitionSpec()))
     drawn = jax.ShapeDtypeStruct((2,), jnp.uint32, sharding=scalar.sharding)
-    largest = {name: high for name, (_, high) in (("window", config.window), ("sinks", config.sinks))}
-    operations = flops.step_flops(config, model_config, largest["window"], largest["sinks"], chunk)
+    operations = flops.step_flops(config, model_config, config.window[1], config.sinks[1], chunk)
     try:
         with jax.set_mesh(mesh):
             if teacher is not None:
-                shape = (config.batch, config.seq_length, model_config.d_model)
-                hidden = jax.ShapeDtypeStruct(shape, model_config.dtype, sharding=sharding.batch_sharding(mesh))
-                memory["teacher's hidden states"] = _gib(hidden)
-                peaks.append(
-                    memory.setdefault(
-                        "temporaries of the teacher", _temporaries(teacher.lower(frozen, batch).compile())
-                    )
-                )
+                temporaries["temporaries of the teacher"] = _temporaries(teacher.lower(frozen, batch).compile())
             compiled = student(chunk).lower(state, frozen, batch, hidden, scalar, scalar, drawn).compile()
-            text = compiled.as_text()
-            peaks.append(memory.setdefault("temporaries of the step", _temporaries(compiled)))
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        return Plan(memory, None, str(error), operations, "")
-    held = sum(value for part, value in memory.items() if not part.startswith("temporaries"))
-    return Plan(memory, held + max(peaks), refused, operations, text)
+        return Plan(memory | temporaries, None, str(error), operations, "")
+    temporaries["temporaries of the step"] = _temporaries(compiled)
+    peak = sum(memory.values()) + max(temporaries.values())
+    return Plan(memory | temporaries, peak, "", operations, compiled.as_text())
 
 
 def abstract_arguments(
@@ -134,12 +129,9 @@ def abstract_arguments(
         config, jax.eval_shape(lambda: compiled_lib.random_params(config, model_config))
     )
     state = jax.eval_shape(lambda tree: compiled_lib.initial_state(config, tree), trained)
-    rows = sharding.batch_sharding(mesh)
-    tokens: Any
-    mask: Any
-    tokens, mask = (
-        jax.ShapeDtypeStruct((config.batch, config.seq_length), dtype, sharding=rows) for dtype in (jnp.int32, bool)
-    )
+    rows, shape = sharding.batch_sharding(mesh), (config.batch, config.seq_length)
+    tokens: Any = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=rows)
+    mask: Any = jax.ShapeDtypeStruct(shape, bool, sharding=rows)
     segments = tokens if config.packed else None
     return place(state), place(frozen), steps.Batch(tokens, tokens, mask, segments)
 
