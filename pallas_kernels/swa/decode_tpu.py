@@ -17,6 +17,7 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels import dots
 from pallas_kernels.swa import slots
 
 MASKED = -1e30
@@ -150,17 +151,10 @@ def _kernel(
 
 def _add(query, key, value, hidden, top, total, accumulator):
     """Adds key, value [C, D] to the online softmax of query [Hq, D], whose refs are [Hq, 1], [Hq, 1] and [Hq, D]."""
-    scores = _dot(query, key, 1) + hidden
+    scores = dots.tiles("hd,cd->hc", query, key) + hidden
     new_top = jnp.maximum(top[...], jnp.max(scores, axis=1, keepdims=True))
     weights = jnp.exp2(scores - new_top)
     decay = jnp.exp2(top[...] - new_top)
     top[...] = new_top
     total[...] = total[...] * decay + jnp.sum(weights, axis=1, keepdims=True)
-    accumulator[...] = accumulator[...] * decay + _dot(weights.astype(value.dtype), value, 0)
-
-
-def _dot(x, y, axis):
-    """Contracts the last axis of x with an axis of y in float32, exact for float32 inputs."""
-    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
-    axes = (((1,), (axis,)), ((), ()))
-    return jax.lax.dot_general(x, y, axes, precision=precision, preferred_element_type=jnp.float32)
+    accumulator[...] = accumulator[...] * decay + dots.tiles("hc,cd->hd", weights.astype(value.dtype), value)
