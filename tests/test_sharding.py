@@ -74,7 +74,7 @@ import functools
 import jax, jax.numpy as jnp, numpy as np
 from jax.sharding import NamedSharding, PartitionSpec as P
 import pallas_kernels
-from allmem_jax import functional, sharding
+from allmem_jax.model import functional, sharding
 
 rng = np.random.default_rng(0)
 normal = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
@@ -124,7 +124,7 @@ check(remember, (q, k, v, lr, momentum, init, start), (*[tokens] * 5, weights, s
 def test_placed_on_four_devices():
     run_on_four_devices("""
 import jax, numpy as np
-from allmem_jax import sharding
+from allmem_jax.model import sharding
 mesh = sharding.make_mesh(fsdp=2, tensor=2)
 x = sharding.place({"up_proj": {"kernel": np.arange(64.0).reshape(1, 8, 8)}}, mesh)["up_proj"]["kernel"]
 assert len(x.addressable_shards) == 4 and x.addressable_shards[0].data.shape == (1, 4, 4)

@@ -18,7 +18,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import dots
-from pallas_kernels.swa import slots
+from pallas_kernels.swa import ring
 
 MASKED = -1e30
 LANES = 128
@@ -98,7 +98,7 @@ def _blocks(size, sink_slots, count, position, window, sinks):
     """Returns for each row and block the last block up to it with a slot in sight, int32 [B, N]; 0 where none is."""
     n = np.arange(-(-count // size), dtype=np.int32)
     slot = n[:, None] * size + np.arange(size, dtype=np.int32)  # [N, K], from T on there is none
-    seen = slots.in_sight(position[:, None, None], slot, sink_slots, count, window, sinks) & (slot < count)
+    seen = ring.in_sight(position[:, None, None], slot, sink_slots, count, window, sinks) & (slot < count)
     return jnp.max(jnp.where(seen.any(-1)[:, None] & (n <= n[:, None]), n, 0), axis=-1)
 
 
@@ -140,7 +140,7 @@ def _kernel(
     def _():
         size = keys.shape[1]
         slot = jnp.minimum(t * size, count - size) + offset[...]
-        seen = slots.in_sight(position[b], slot, sink_slots, count, window[0], sinks[0]) & (slot >= t * size)
+        seen = ring.in_sight(position[b], slot, sink_slots, count, window[0], sinks[0]) & (slot >= t * size)
         hidden = others[...] + jnp.where(seen, 0.0, MASKED)
         _add(query, keys[0].reshape(-1, q.shape[1]), values[0].reshape(-1, q.shape[1]), hidden, *scratch)
 
