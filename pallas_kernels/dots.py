@@ -34,6 +34,15 @@ def matmul(x: jax.Array, kernel: jax.Array) -> jax.Array:
     return einsum(f"{rows}i,io->{rows}o", x, kernel)
 
 
+def tiles(spec: str, x: jax.Array, y: jax.Array) -> jax.Array:
+    """The product of two matrices inside a TPU kernel, such as "ab,cb->ac", in float32 and exact for float32 inputs."""
+    (a, b), out = spec.split("->")[0].split(","), spec.split("->")[1]
+    (shared,) = set(a) & set(b) - set(out)
+    dimensions = (((a.index(shared),), (b.index(shared),)), ((), ()))
+    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+    return jax.lax.dot_general(x, y, dimensions, precision=precision, preferred_element_type=jnp.float32)
+
+
 def _product(spec: str, x: jax.Array, y: jax.Array) -> jax.Array:
     exact = jnp.finfo(x.dtype).bits >= 32
     return jnp.einsum(

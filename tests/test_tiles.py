@@ -6,7 +6,7 @@ import pytest
 from jax.sharding import AbstractDevice, AbstractMesh
 
 from pallas_kernels import tpu_kind
-from pallas_kernels.swa import pallas_tpu as swa_tpu
+from pallas_kernels.swa import tpu_visits
 from pallas_kernels.ttt import pallas_tpu as ttt_tpu
 
 pytestmark = pytest.mark.core
@@ -26,7 +26,7 @@ def test_the_chip_of_the_mesh_decides(kind, name):
         jax.jit(lambda: found.append(tpu_kind.traced_for())).lower()
         assert ttt_tpu.choose_tiles() is ttt_tpu.TILES[name]
     assert found == [name]
-    assert name in swa_tpu.TILES
+    assert name in tpu_visits.TILES
 
 
 @pytest.mark.skipif(jax.default_backend() == "tpu", reason="the chip is known here")
@@ -39,18 +39,18 @@ def test_an_unknown_device_gets_the_default():
 
 
 def test_attention_blocks_come_from_the_table(monkeypatch):
-    monkeypatch.setitem(swa_tpu.TILES, "v6e", swa_tpu.Tiles(columns=512, keys=1024))
+    monkeypatch.setitem(tpu_visits.TILES, "v6e", tpu_visits.Tiles(columns=512, keys=1024))
     q, k = (jax.ShapeDtypeStruct((1, 4096, heads, 64), jnp.bfloat16) for heads in (4, 2))
     traced = jnp.int32(1), jnp.int32(0)
     with on("TPU v6 lite"):
-        blocks = swa_tpu.choose_blocks(q, k, *traced)
+        blocks = tpu_visits.choose_blocks(q, k, *traced)
     assert (blocks.query, blocks.key) == (256, 1024)
-    blocks = swa_tpu.choose_blocks(q, k, 4096, 0)
-    assert (blocks.query * 2, blocks.key) == (swa_tpu.Tiles().columns, swa_tpu.Tiles().keys)
+    blocks = tpu_visits.choose_blocks(q, k, 4096, 0)
+    assert (blocks.query * 2, blocks.key) == (tpu_visits.Tiles().columns, tpu_visits.Tiles().keys)
 
 
 @pytest.mark.parametrize(
-    "module,field,value", [(swa_tpu, "columns", 384), (swa_tpu, "keys", 2048), (ttt_tpu, "forward", 40)]
+    "module,field,value", [(tpu_visits, "columns", 384), (tpu_visits, "keys", 2048), (ttt_tpu, "forward", 40)]
 )
 def test_tiles_that_cannot_be_are_named(module, field, value):
     with pytest.raises(ValueError, match=f"{field}={value}"):

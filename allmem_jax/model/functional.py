@@ -6,6 +6,7 @@ Only this file calls the kernels. Axes:
     S sink slots    W window slots    N memory heads    K convolution taps    H hidden size of the fast weights
 """
 
+import functools
 import math
 from collections.abc import Callable
 
@@ -17,7 +18,7 @@ import pallas_kernels
 from allmem_jax.model import config as config_lib
 from allmem_jax.model import sharding
 from pallas_kernels import dots
-from pallas_kernels.swa import slots
+from pallas_kernels.swa import ring
 
 
 def recomputed(function: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
@@ -185,30 +186,17 @@ def attend_cached(
 ) -> jax.Array:
     """Attention of L new tokens to the ring cache of one layer and to each other; `write_cache` then adds them to it.
 
-    Token p lives in slot p while p < S, else in slot S + (p - S) % W, so that the cache holds the first S and the
-    last W tokens of each row, whatever its phase. One token a row is decoded by `pallas_kernels.swa_decode`.
-
-    Args:
-      q: [B, L, Hq, D]; k, v: [B, L, Hkv, D], rotated to their absolute positions.
-      cache: keys and values, each [B, S + W, Hkv, D].
-      position: int32 [B], tokens already in the cache's past; lengths: int32 [B], new tokens that are real.
-      sink_slots: S.
-      window, sinks: int32 scalars of this layer, at most W and S.
-      scale: multiplies the logits.
-
-    Returns:
-      [B, L, Hq, D]. Rows of padding are arbitrary but finite.
-
-    Under a mesh every device computes its own rows and heads; see `sharding.over_rows_and_heads`.
+    Arguments and result are those of `ring.attend`, with `cache` the keys and values in any dtype, and q and k rotated
+    to their absolute positions. One token a row is decoded by `pallas_kernels.swa_decode`. Under a mesh every device
+    computes its own rows and heads; see `sharding.over_rows_and_heads`.
     """
 
     def local(q, k, v, keys, values, position, lengths, window, sinks):
-        sizes = {"window": window, "sinks": sinks, "scale": scale}
+        sizes = {"sink_slots": sink_slots, "window": window, "sinks": sinks, "scale": scale}
         held = keys.astype(k.dtype), values.astype(v.dtype)
         if q.shape[1] == 1:
-            one = q[:, 0], k[:, 0], v[:, 0]
-            return pallas_kernels.swa_decode(*one, *held, position, sink_slots=sink_slots, **sizes)[:, None]
-        return _attend_some(q, k, v, *held, position, lengths, sink_slots=sink_slots, **sizes)
+            return pallas_kernels.swa_decode(q[:, 0], k[:, 0], v[:, 0], *held, position, **sizes)[:, None]
+        return ring.attend(q, k, v, *held, position, lengths, **sizes)
 
     tokens, rows, every = PartitionSpec("rows", None, "heads"), PartitionSpec("rows"), PartitionSpec()
     arguments = (q, k, v, *cache, position, lengths, jnp.asarray(window), jnp.asarray(sinks))
@@ -216,56 +204,17 @@ def attend_cached(
     return sharding.over_rows_and_heads(local, arguments, where, tokens, q.shape[0], k.shape[2])
 
 
-def _attend_some(q, k, v, keys, values, position, lengths, *, sink_slots, window, sinks, scale) -> jax.Array:
-    """Attention of L tokens to a cache [B, T, Hkv, D], which is not copied, and to each other; see `attend_cached`."""
-    batch, length, heads, dim = q.shape
-    count = keys.shape[1]
-    offsets = jnp.arange(length, dtype=jnp.int32)
-    q_pos = position[:, None] + offsets  # [B, L]
-    held = slots.held(position[:, None], jnp.arange(count, dtype=jnp.int32), sink_slots, count)
-    k_pos = jnp.concatenate([held, q_pos], axis=1)  # [B, T + L]
-    real = jnp.concatenate([held >= 0, offsets < lengths[:, None]], axis=1)
-    distance = q_pos[:, :, None] - k_pos[:, None, :]
-    visible = (distance >= 0) & ((distance < window) | (k_pos < sinks)[:, None, :]) & real[:, None, :]
-
-    grouped = q.reshape(batch, length, k.shape[2], -1, dim)
-    scores = jnp.concatenate([dots.einsum("blhgd,bkhd->bhglk", grouped, x) for x in (keys, k)], axis=-1) * scale
-    scores = jnp.where(visible[:, None, None], scores, -1e30)
-    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)  # [B, Hkv, G, L, T + L]
-    cached, new = weights[..., :count], weights[..., count:]
-    out = dots.einsum("bhglk,bkhd->blhgd", cached, values) + dots.einsum("bhglk,bkhd->blhgd", new, v)
-    return out.reshape(batch, length, heads, dim).astype(q.dtype)
-
-
 def write_cache(
     cache: jax.Array, new: jax.Array, position: jax.Array, lengths: jax.Array, sink_slots: int
 ) -> jax.Array:
-    """The ring caches of all layers with their new tokens in the slots of `attend_cached`.
+    """`ring.write`, under a mesh by every device on its own rows and heads.
 
     It is done once for all layers, and not in each, so that a loop over layers does not write whole caches anew.
-
-    Args:
-      cache: [Y, B, S + W, Hkv, D], keys or values.
-      new: [Y, B, L, Hkv, D], of which `lengths` [B] are real; `position` [B] tokens came before.
-      sink_slots: S.
-
-    Returns:
-      The shape and dtype of `cache`.
     """
-    ring = cache.shape[2] - sink_slots
-
-    def local(cache, new, position, lengths):
-        offsets = jnp.arange(new.shape[2], dtype=jnp.int32)
-        p = position[:, None] + offsets  # [B, L]
-        keep = (offsets < lengths[:, None]) & ((p >= (position + lengths)[:, None] - ring) | (p < sink_slots))
-        slot = jnp.where(p < sink_slots, p, sink_slots + (p - sink_slots) % ring)
-        slot = jnp.where(keep, slot, sink_slots + ring)  # out of bounds: dropped
-        rows = jnp.arange(slot.shape[0])[:, None]
-        return cache.at[:, rows, slot].set(new.astype(cache.dtype), mode="drop")
-
     tokens, rows = PartitionSpec(None, "rows", None, "heads"), PartitionSpec("rows")
     where, arguments = (tokens, tokens, rows, rows), (cache, new, position, lengths)
-    return sharding.over_rows_and_heads(local, arguments, where, tokens, cache.shape[1], cache.shape[3])
+    write = functools.partial(ring.write, sink_slots=sink_slots)
+    return sharding.over_rows_and_heads(write, arguments, where, tokens, cache.shape[1], cache.shape[3])
 
 
 def delayed(

@@ -28,7 +28,7 @@ class DecodeState:
 
     Attributes:
       position: int32 [B], tokens seen by each row.
-      keys, values: [Y, B, S + W, Hkv, D], the ring cache (see `functional.attend_cached`).
+      keys, values: [Y, B, S + W, Hkv, D], the cache (see `pallas_kernels.swa.ring`).
       conv: [Y, B, K - 1, F], the last inputs of the memory's convolutions; None without a memory.
       memory: `MemoryState` with a leading Y; float32 [Y, B, N, Dk, Dv] for the mixers "mamba2" and "delta"; None
         without a memory.

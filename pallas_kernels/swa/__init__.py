@@ -3,13 +3,14 @@
 api                        `swa_attention`: signature, checks, choice of backend
 reference, xla             dense, to compare with; blocks of plain JAX
 pallas_tpu, triton_gpu     the kernels of a whole row; `documents` is what they share on packed rows
+tpu_visits                 which tiles those of TPUs visit
 decode                     `swa_decode`: one token against the ring cache
 decode_tpu, decode_triton  its kernels
-slots                      which token lies in which slot of the ring
+ring                       the ring cache: which token lies in which slot, and any number of new tokens in plain JAX
 """
 
-from pallas_kernels.swa import slots
+from pallas_kernels.swa import ring
 from pallas_kernels.swa.api import swa_attention
 from pallas_kernels.swa.decode import swa_decode
 
-__all__ = ["slots", "swa_attention", "swa_decode"]
+__all__ = ["ring", "swa_attention", "swa_decode"]

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import backends
-from pallas_kernels.swa import pallas_tpu, reference, xla
+from pallas_kernels.swa import pallas_tpu, reference, tpu_visits, xla
 
 
 def swa_attention(
@@ -62,7 +62,7 @@ def swa_attention(
     if "xla" in serving:
         functions["xla"] = functools.partial(_xla, xla.choose_blocks(q.shape[1], window, sinks), scale)
     if "pallas" in serving:
-        functions["pallas"] = functools.partial(_pallas, pallas_tpu.choose_blocks(q, k, window, sinks), scale)
+        functions["pallas"] = functools.partial(_pallas, tpu_visits.choose_blocks(q, k, window, sinks), scale)
     if "triton" in serving:
         blocks, function = _triton()
         functions["triton"] = functools.partial(function, blocks(q.shape[-1], q.dtype), scale)

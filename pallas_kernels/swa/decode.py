@@ -2,8 +2,7 @@
 
 Axes: B batch, Hq query heads, Hkv key heads, G = Hq / Hkv, D head dim, S sink slots, W window slots, T = S + W slots.
 
-Token p lives in slot p while p < S, else in slot S + (p - S) % W, so that the cache holds the first S and the last W
-tokens of each row, whatever its phase. The cache is read where it lies: no backend copies it or appends to it.
+What the cache holds is said in `ring`. It is read where it lies: no backend copies it or appends to it.
 """
 
 import functools
@@ -15,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import backends, dots
-from pallas_kernels.swa import decode_tpu, reference, slots
+from pallas_kernels.swa import decode_tpu, reference, ring
 
 
 def swa_decode(
@@ -69,11 +68,11 @@ def swa_decode(
 
 
 def plain(sink_slots, scale, q, k, v, keys, values, position, window, sinks) -> jax.Array:
-    """The same in plain JAX: scores of the cache and of the token itself share one maximum and one sum."""
+    """`ring.attend` of one token, which costs less: scores of the cache and its own share one maximum and one sum."""
     batch, heads, dim = q.shape
     dtype = jnp.promote_types(q.dtype, jnp.float32)
     query = q.reshape(batch, k.shape[1], -1, dim)  # [B, Hkv, G, D]
-    seen = slots.in_sight(position[:, None], jnp.arange(keys.shape[1]), sink_slots, keys.shape[1], window, sinks)
+    seen = ring.in_sight(position[:, None], jnp.arange(keys.shape[1]), sink_slots, keys.shape[1], window, sinks)
     scores = jnp.where(seen[:, None, None], dots.einsum("bhgd,bthd->bhgt", query, keys) * scale, -jnp.inf)
     own = dots.einsum("bhgd,bhd->bhg", query, k)[..., None] * scale
     top = jax.lax.stop_gradient(jnp.maximum(scores.max(-1, keepdims=True), own))

@@ -17,7 +17,8 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.swa import slots
+from pallas_kernels import dots
+from pallas_kernels.swa import ring
 
 MASKED = -1e30
 LANES = 128
@@ -97,7 +98,7 @@ def _blocks(size, sink_slots, count, position, window, sinks):
     """Returns for each row and block the last block up to it with a slot in sight, int32 [B, N]; 0 where none is."""
     n = np.arange(-(-count // size), dtype=np.int32)
     slot = n[:, None] * size + np.arange(size, dtype=np.int32)  # [N, K], from T on there is none
-    seen = slots.in_sight(position[:, None, None], slot, sink_slots, count, window, sinks) & (slot < count)
+    seen = ring.in_sight(position[:, None, None], slot, sink_slots, count, window, sinks) & (slot < count)
     return jnp.max(jnp.where(seen.any(-1)[:, None] & (n <= n[:, None]), n, 0), axis=-1)
 
 
@@ -139,7 +140,7 @@ def _kernel(
     def _():
         size = keys.shape[1]
         slot = jnp.minimum(t * size, count - size) + offset[...]
-        seen = slots.in_sight(position[b], slot, sink_slots, count, window[0], sinks[0]) & (slot >= t * size)
+        seen = ring.in_sight(position[b], slot, sink_slots, count, window[0], sinks[0]) & (slot >= t * size)
         hidden = others[...] + jnp.where(seen, 0.0, MASKED)
         _add(query, keys[0].reshape(-1, q.shape[1]), values[0].reshape(-1, q.shape[1]), hidden, *scratch)
 
@@ -150,17 +151,10 @@ def _kernel(
 
 def _add(query, key, value, hidden, top, total, accumulator):
     """Adds key, value [C, D] to the online softmax of query [Hq, D], whose refs are [Hq, 1], [Hq, 1] and [Hq, D]."""
-    scores = _dot(query, key, 1) + hidden
+    scores = dots.tiles("hd,cd->hc", query, key) + hidden
     new_top = jnp.maximum(top[...], jnp.max(scores, axis=1, keepdims=True))
     weights = jnp.exp2(scores - new_top)
     decay = jnp.exp2(top[...] - new_top)
     top[...] = new_top
     total[...] = total[...] * decay + jnp.sum(weights, axis=1, keepdims=True)
-    accumulator[...] = accumulator[...] * decay + _dot(weights.astype(value.dtype), value, 0)
-
-
-def _dot(x, y, axis):
-    """Contracts the last axis of x with an axis of y in float32, exact for float32 inputs."""
-    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
-    axes = (((1,), (axis,)), ((), ()))
-    return jax.lax.dot_general(x, y, axes, precision=precision, preferred_element_type=jnp.float32)
+    accumulator[...] = accumulator[...] * decay + dots.tiles("hc,cd->hd", weights.astype(value.dtype), value)

@@ -118,6 +118,7 @@ def _kernel(
     stop = tl.minimum(tl.minimum(part * PART + PART, COUNT), here)  # the first `position` slots are filled
     for first in range(part * PART, stop, N):
         slot = first + tl.arange(0, N)
+        # `ring.held` and `ring.in_sight`, which Triton cannot call.
         token = here - 1 - newest + slot - tl.where(slot > newest, RING, 0)
         token = tl.where(slot < SINK_SLOTS, slot, token)
         seen = (slot < stop) & ((here - token < window) | (token < sinks))

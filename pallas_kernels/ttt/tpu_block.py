@@ -9,6 +9,7 @@ Source of the gradients: `reference.loss_gradient`, differentiated by hand.
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels import dots
 from pallas_kernels.ttt import tpu_layout, visits
 
 EPSILON = 1e-12  # added to squared row norms
@@ -16,62 +17,62 @@ EPSILON = 1e-12  # added to squared row norms
 
 def read(w, q):
     """Returns f(W, q) [T, C], float32."""
-    gate, up = _dot("tc,cf->tf", q, w[0]), _dot("tc,cf->tf", q, w[1])
+    gate, up = dots.tiles("tc,cf->tf", q, w[0]), dots.tiles("tc,cf->tf", q, w[1])
     hidden = jax.nn.silu(gate) * up
-    return _dot("tf,cf->tc", hidden.astype(q.dtype), w[2]) + q
+    return dots.tiles("tf,cf->tc", hidden.astype(q.dtype), w[2]) + q
 
 
 def read_backward(w, q, d_out):
     """Returns the cotangents of q and of w [3, C, F], float32."""
-    gate, up = _dot("tc,cf->tf", q, w[0]), _dot("tc,cf->tf", q, w[1])
+    gate, up = dots.tiles("tc,cf->tf", q, w[0]), dots.tiles("tc,cf->tf", q, w[1])
     sigmoid = jax.nn.sigmoid(gate)
     silu = gate * sigmoid
-    d_hidden = _dot("tc,cf->tf", d_out, w[2])
+    d_hidden = dots.tiles("tc,cf->tf", d_out, w[2])
     d_gate = (d_hidden * up * (sigmoid + silu * (1 - sigmoid))).astype(q.dtype)
     d_up = (d_hidden * silu).astype(q.dtype)
     hidden = (silu * up).astype(q.dtype)
-    d_q = d_out + _dot("tf,cf->tc", d_gate, w[0]) + _dot("tf,cf->tc", d_up, w[1])
-    d_w = (_dot("tc,tf->cf", x, y) for x, y in ((q, d_gate), (q, d_up), (d_out, hidden)))
+    d_q = d_out + dots.tiles("tf,cf->tc", d_gate, w[0]) + dots.tiles("tf,cf->tc", d_up, w[1])
+    d_w = (dots.tiles("tc,tf->cf", x, y) for x, y in ((q, d_gate), (q, d_up), (d_out, hidden)))
     return d_q, jnp.stack(tuple(d_w))
 
 
 def gradient(layout, w, k, v, lr):
     """Returns the gradient [3, C, F] of sum_t -lr_t <f(W, k_t), v_t>; lr [T, 3 C] has a rate for each weight."""
-    gate, up = _dot("tc,cf->tf", k, w[0]), _dot("tc,cf->tf", k, w[1])
+    gate, up = dots.tiles("tc,cf->tf", k, w[0]), dots.tiles("tc,cf->tf", k, w[1])
     sigmoid = jax.nn.sigmoid(gate)
     silu = gate * sigmoid
-    d_hidden = -_dot("tc,cf->tf", v, w[2])
+    d_hidden = -dots.tiles("tc,cf->tf", v, w[2])
     d_gate = d_hidden * up * (sigmoid + silu * (1 - sigmoid))
     d_up = d_hidden * silu
     hidden = -silu * up
     parts = zip(_scaled(layout, k, v, lr), (d_gate, d_up, hidden), strict=True)
-    return jnp.stack([_dot("tc,tf->cf", x, y.astype(k.dtype)) for x, y in parts])
+    return jnp.stack([dots.tiles("tc,tf->cf", x, y.astype(k.dtype)) for x, y in parts])
 
 
 def gradient_backward(layout, w, d_g, k, v, lr):
     """Returns the cotangents of k, v and rates [R, T], and of w [3, C, F], from that of the gradient, d_g [3, C, F]."""
     dtype = k.dtype
-    gate, up = _dot("tc,cf->tf", k, w[0]), _dot("tc,cf->tf", k, w[1])
+    gate, up = dots.tiles("tc,cf->tf", k, w[0]), dots.tiles("tc,cf->tf", k, w[1])
     sigmoid = jax.nn.sigmoid(gate)
     silu = gate * sigmoid
     slope = sigmoid + silu * (1 - sigmoid)
     curve = sigmoid * (1 - sigmoid) * (2 + gate * (1 - 2 * sigmoid))  # derivative of the slope
-    d_hidden = -_dot("tc,cf->tf", v, w[2])
+    d_hidden = -dots.tiles("tc,cf->tf", v, w[2])
     parts = tuple(x.astype(dtype) for x in (d_hidden * up * slope, d_hidden * silu, -silu * up))
 
-    x_gate, x_up, x_down = (_dot("tc,cf->tf", x, d_g[i]) for i, x in enumerate(_scaled(layout, k, v, lr)))
+    x_gate, x_up, x_down = (dots.tiles("tc,cf->tf", x, d_g[i]) for i, x in enumerate(_scaled(layout, k, v, lr)))
     dd_hidden = x_gate * up * slope + x_up * silu
     d_up = (x_gate * d_hidden * slope - x_down * silu).astype(dtype)
     d_gate = (x_gate * d_hidden * up * curve + (x_up * d_hidden - x_down * up) * slope).astype(dtype)
     dd_hidden = (-dd_hidden).astype(dtype)
 
-    y = [_dot("tf,cf->tc", part, d_g[i]) for i, part in enumerate(parts)]
+    y = [dots.tiles("tf,cf->tc", part, d_g[i]) for i, part in enumerate(parts)]
     rate = _thirds(layout, lr)
-    d_k = rate[0] * y[0] + rate[1] * y[1] + _dot("tf,cf->tc", d_gate, w[0]) + _dot("tf,cf->tc", d_up, w[1])
-    d_v = rate[2] * y[2] + _dot("tf,cf->tc", dd_hidden, w[2])
+    d_k = rate[0] * y[0] + rate[1] * y[1] + dots.tiles("tf,cf->tc", d_gate, w[0]) + dots.tiles("tf,cf->tc", d_up, w[1])
+    d_v = rate[2] * y[2] + dots.tiles("tf,cf->tc", dd_hidden, w[2])
     products = jnp.concatenate([k * y[0], k * y[1], v * y[2]], axis=1).astype(dtype)
-    d_rates = _dot("rc,tc->rt", columns_of_rates(layout, dtype), products)
-    d_w = (_dot("tc,tf->cf", x, z) for x, z in ((k, d_gate), (k, d_up), (v, dd_hidden)))
+    d_rates = dots.tiles("rc,tc->rt", columns_of_rates(layout, dtype), products)
+    d_w = (dots.tiles("tc,tf->cf", x, z) for x, z in ((k, d_gate), (k, d_up), (v, dd_hidden)))
     return (d_k, d_v, d_rates), jnp.stack(tuple(d_w))
 
 
@@ -121,7 +122,7 @@ def phase_column(layout, rates, word):
 
 def expand_rates(layout, rates, dtype):
     """[R, T] -> [T, 3 C], each rate on all columns of its head."""
-    return _dot("rt,rc->tc", rates.astype(dtype), columns_of_rates(layout, dtype))
+    return dots.tiles("rt,rc->tc", rates.astype(dtype), columns_of_rates(layout, dtype))
 
 
 def columns_of_rates(layout, dtype):
@@ -130,15 +131,6 @@ def columns_of_rates(layout, dtype):
     row = jax.lax.broadcasted_iota(jnp.int32, shape, 0)
     column = jax.lax.broadcasted_iota(jnp.int32, shape, 1)
     return (row == column // layout.dim).astype(jnp.float32).astype(dtype)
-
-
-def _dot(spec, x, y):
-    """A product of two matrices, written as einsum does, accumulated in float32."""
-    (a, b), out = spec.split("->")[0].split(","), spec.split("->")[1]
-    (shared,) = set(a) & set(b) - set(out)
-    dimensions = (((a.index(shared),), (b.index(shared),)), ((), ()))
-    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
-    return jax.lax.dot_general(x, y, dimensions, precision=precision, preferred_element_type=jnp.float32)
 
 
 def block_of(layout, p):
