@@ -16,7 +16,7 @@ from tokenizers import processors
 import allmem_jax
 from allmem_jax import cli
 from allmem_jax.decoding import generation
-from allmem_jax.evaluation import divergence, recall
+from allmem_jax.evaluation import divergence, haystacks, recall, recall_report
 from allmem_jax.evaluation import questions as questions_lib
 from allmem_jax.model import lm
 from allmem_jax.reporting import sections
@@ -38,7 +38,7 @@ def tokenizer():
 
 def make(tokenizer, **changes):
     fields = dict(window=WINDOW, sinks=SINKS, chat=False, seed=3, questions=[BOOK])
-    return questions_lib.Prompts(tokenizer, {"ahab": TEXT}, **(fields | changes))
+    return haystacks.Prompts(tokenizer, {"ahab": TEXT}, **(fields | changes))
 
 
 def item(answers, foils=(), every=False):
@@ -75,21 +75,21 @@ def test_the_answer_in_what_was_written():
 
 
 def test_intervals_by_hand():
-    assert recall.wilson(8, 10) == pytest.approx((0.4902, 0.9433), abs=1e-4)
-    assert recall.wilson(0, 10) == pytest.approx((0, 0.2775), abs=1e-4)
-    assert recall.wilson(10, 10) == pytest.approx((0.7225, 1), abs=1e-4)
+    assert recall_report.wilson(8, 10) == pytest.approx((0.4902, 0.9433), abs=1e-4)
+    assert recall_report.wilson(0, 10) == pytest.approx((0, 0.2775), abs=1e-4)
+    assert recall_report.wilson(10, 10) == pytest.approx((0.7225, 1), abs=1e-4)
     ours, theirs = [True] * 6 + [False] * 4, [False] * 3 + [True] * 4 + [False] * 3
     # 3 gained, 1 lost of 10; with two pairs added 3.5 - 1.5 = 2 of 12, variance (5 - 4 / 12) / 144
     half = 1.959964 * ((5 - 4 / 12) / 144) ** 0.5
-    assert recall.paired_difference(ours, theirs) == pytest.approx((0.2, 2 / 12 - half, 2 / 12 + half))
-    middle, low, high = recall.paired_difference([True] * 8, [True] * 8)
+    assert recall_report.paired_difference(ours, theirs) == pytest.approx((0.2, 2 / 12 - half, 2 / 12 + half))
+    middle, low, high = recall_report.paired_difference([True] * 8, [True] * 8)
     assert middle == 0 and low == -high < -0.1
     with pytest.raises(ValueError, match="3 and 2"):
-        recall.paired_difference([True] * 3, [True] * 2)
+        recall_report.paired_difference([True] * 3, [True] * 2)
 
 
 def test_pieces_are_woven_in():
-    tokens, ends = questions_lib.weave([1, 2, 3], [(2, [8, 9]), (0, [7]), (2, [6]), (3, [5])])
+    tokens, ends = haystacks.weave([1, 2, 3], [(2, [8, 9]), (0, [7]), (2, [6]), (3, [5])])
     assert tokens == [7, 1, 2, 8, 9, 6, 3, 5]
     assert ends == [5, 1, 6, 8]
 
@@ -169,7 +169,7 @@ def test_another_document_leaves_what_attention_sees(tokenizer, task, chat):
     text = TEXT.replace("the whale 40 and", "the crew of 40 and")
     other = dataclasses.replace(BOOK, anchor="the crew of 40 and the sea 1600", answers=("1600",))
     near = dataclasses.replace(BOOK, anchor="the whale 152 and the sea 23104", answers=("23104",))  # beside the first
-    maker = questions_lib.Prompts(
+    maker = haystacks.Prompts(
         tokenizer, {"ahab": text}, window=WINDOW, sinks=SINKS, chat=chat, seed=3, questions=[BOOK, near, other]
     )
     for index in range(maker.count(task, 4)):
@@ -195,11 +195,11 @@ def test_there_may_be_no_other_document(tokenizer):
     assert make(tokenizer).make_elsewhere("book_questions", LENGTH, 0) is None
     same = make(tokenizer, questions=[BOOK, dataclasses.replace(BOOK, question="And which sea?")])
     assert same.make_elsewhere("book_questions", LENGTH, 0) is None
-    own, short = questions_lib.Example(item(["a"]), [1] * 90, 80), questions_lib.Example(item(["b"]), [2] * 30, 20)
+    own, short = haystacks.Example(item(["a"]), [1] * 90, 80), haystacks.Example(item(["b"]), [2] * 30, 20)
     with pytest.raises(ValueError, match="has 30 tokens and 50 are to be replaced"):
-        questions_lib.with_context_of(own, short, 30, 2)
-    assert questions_lib.with_context_of(short, own, 15, 2).prompt == [2, 2, 1, 1, 1] + [2] * 25
-    assert questions_lib.with_context_of(short, own, 40, 2).prompt == short.prompt
+        haystacks.with_context_of(own, short, 30, 2)
+    assert haystacks.with_context_of(short, own, 15, 2).prompt == [2, 2, 1, 1, 1] + [2] * 25
+    assert haystacks.with_context_of(short, own, 40, 2).prompt == short.prompt
 
 
 def test_distance_follows_the_depth(tokenizer):
@@ -293,7 +293,7 @@ def test_variants_answer_the_same_prompts_with_one_program_a_cache_size(loaded, 
     settings = recall.Settings(
         ("needle", "short_needle", "short_cloze"), (LENGTH, 1000), samples=3, chat=False, batch=2
     )
-    ask = lambda **changes: recall.section(  # noqa: E731
+    ask = lambda **changes: recall_report.section(  # noqa: E731
         dataclasses.replace(settings, **changes),
         backbone,
         tokenizer,
@@ -342,7 +342,7 @@ def test_a_context_is_read_once_for_all_its_questions(loaded, monkeypatch):
         generation, "prefill", lambda *given, **named: read.append(given[2]) or prefill(*given, **named)
     )
     results = recall.measure(settings, backbone, tokenizer, {"ahab": TEXT}, chosen)
-    maker = questions_lib.Prompts(tokenizer, {"ahab": TEXT}, window=config.window, sinks=config.sinks, chat=False)
+    maker = haystacks.Prompts(tokenizer, {"ahab": TEXT}, window=config.window, sinks=config.sinks, chat=False)
     whole, foreign = ([make("pairs_3", 1000, n) for n in range(8)] for make in (maker.make, maker.make_elsewhere))
     contexts, others = ([e.prompt[: e.context] for e in examples[::3]] for examples in (whole, foreign))
     assert contexts != others
@@ -380,7 +380,7 @@ def test_plots_by_length_and_by_pairs():
         for name, share in ((divergence.ORIGINAL, 1), (divergence.CONVERTED, length == 600))
     ]
     settings = recall.Settings(("pairs_8", "pairs_2"), (600, 1200))
-    section = recall.describe(results, tiny_config(window=100), settings, "allmem recall")
+    section = recall_report.describe(results, tiny_config(window=100), settings, "allmem recall")
     plots = {plot.title: plot.lines for plot in section.plots}
     assert list(plots) == [
         "pairs_8, by length",
@@ -421,7 +421,9 @@ def test_tables_count_what_was_right():
         result("short_cloze", 100, divergence.CONVERTED, [1, 0], near),
     ]
     config = tiny_config(window=100)
-    section = recall.describe(results, config, recall.Settings(("needle", "short_cloze"), (600,)), "allmem recall")
+    section = recall_report.describe(
+        results, config, recall.Settings(("needle", "short_cloze"), (600,)), "allmem recall"
+    )
     accuracy, by_distance, difference = section.tables
     assert accuracy.rows[0][:3] == ("needle", "592", "4")
     cells = ["0.75", "0.25", "0.00", "0.25", "1.00", "-", "1.00", "0.50"]

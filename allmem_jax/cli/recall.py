@@ -42,7 +42,7 @@ def recall(
         batch: Prompts run together.
         out: Folder for the answers and recall.json, a section of a report.
     """
-    from allmem_jax.evaluation import divergence_report
+    from allmem_jax.evaluation import divergence_report, recall_report
     from allmem_jax.evaluation import questions as questions_lib
     from allmem_jax.evaluation import recall as recall_lib
     from allmem_jax.reporting import sections
@@ -57,7 +57,7 @@ def recall(
     settings = dataclasses.replace(
         settings, tasks=tasks, lengths=lengths or settings.lengths, samples=samples, chat=chat, seed=seed, batch=batch
     )
-    section = recall_lib.section(
+    section = recall_report.section(
         settings,
         backbone,
         tokenizer,

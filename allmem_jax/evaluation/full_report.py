@@ -16,7 +16,16 @@ import tqdm
 
 from allmem_jax.checkpoints import layout
 from allmem_jax.checkpoints import load as load_lib
-from allmem_jax.evaluation import cost, divergence_report, latency, longbench, longbench_data, recall
+from allmem_jax.evaluation import (
+    cost,
+    divergence_report,
+    haystacks,
+    latency,
+    longbench,
+    longbench_data,
+    recall,
+    recall_report,
+)
 from allmem_jax.evaluation import questions as questions_lib
 from allmem_jax.model import config as config_lib
 from allmem_jax.model import lm
@@ -180,7 +189,7 @@ def _answers(given: Given) -> Part:
         config, params, tokenizer = given.load()
         asked = recall.defaults(config, bool(questions))
         limits = dict(window=config.window, sinks=config.sinks)
-        maker = questions_lib.Prompts(tokenizer, texts, chat=asked.chat, questions=questions, **limits)
+        maker = haystacks.Prompts(tokenizer, texts, chat=asked.chat, questions=questions, **limits)
         left_out = {name: why for name in asked.tasks if (why := _misfit(maker, name, longest, settings.samples))}
         fitting = tuple(name for name in asked.tasks if name not in left_out)
         if not fitting:
@@ -188,7 +197,7 @@ def _answers(given: Given) -> Part:
         asked = dataclasses.replace(asked, tasks=fitting, lengths=(longest,), samples=settings.samples)
         backbone, variants = recall.variants(config, params)
         exact = recall.command(settings.model, settings.texts, settings.questions, asked, config)
-        section = recall.section(
+        section = recall_report.section(
             asked,
             backbone,
             tokenizer,
@@ -204,7 +213,7 @@ def _answers(given: Given) -> Part:
     return Part("answers", "Answers to questions about what was read", command, identity, measure)
 
 
-def _misfit(maker: questions_lib.Prompts, task: str, length: int, samples: int) -> str:
+def _misfit(maker: haystacks.Prompts, task: str, length: int, samples: int) -> str:
     """Why not all prompts of a task can be made, or nothing."""
     try:
         for index in range(max(1, maker.count(task, samples))):

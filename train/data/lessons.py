@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from allmem_jax.checkpoints import tokenizer as tokenizer_lib
-from allmem_jax.evaluation import questions
+from allmem_jax.evaluation import haystacks, questions
 from train.data import stream
 
 KINDS = {"facts": 0.4, "pairs": 0.2, "variables": 0.1, "quotes": 0.3}  # shares of the lessons
@@ -169,7 +169,7 @@ class Lessons:
                 f"{least} or more must be prose"
             )
         places = np.sort(rng.integers(0, size * 9 // 10 + 1, len(told))).tolist()
-        body, _ = questions.weave(self._cut(rng, size), list(zip(places, told, strict=True)))
+        body, _ = haystacks.weave(self._cut(rng, size), list(zip(places, told, strict=True)))
         if kind == "quotes":
             starts = rng.integers(0, len(body) - CUE - ANSWER, len(asked)).tolist()
             asked = [self._quote(body[start : start + CUE + ANSWER], frame.lead) for start in starts]

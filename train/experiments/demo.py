@@ -22,7 +22,7 @@ import tyro
 
 from allmem_jax.checkpoints import layout, memory_file
 from allmem_jax.decoding import chat
-from allmem_jax.evaluation import cost, divergence, divergence_report, recall
+from allmem_jax.evaluation import cost, divergence, divergence_report, recall, recall_report
 from allmem_jax.model import config as config_lib
 from allmem_jax.model import lm
 from allmem_jax.reporting import kept, sections
@@ -138,7 +138,7 @@ def tell(demo: DemoConfig, path: str, runs: pathlib.Path, depends: dict[str, Any
         lambda: reading.ask(load(), {book.title: book.text for book in plays}, settings),
         what=f"{demo.asked} secrets in {demo.told} tokens each, asked for beyond a window of {demo.window}",
     )
-    for sentence in recall.finding(answers):
+    for sentence in recall_report.finding(answers):
         kept.say(f"  {sentence}")
     story = kept.result(
         runs,
@@ -150,7 +150,7 @@ def tell(demo: DemoConfig, path: str, runs: pathlib.Path, depends: dict[str, Any
     for question, told, *given in story["rows"]:
         kept.say(f"  {question} ({told}) " + "; ".join(map(": ".join, zip(story["variants"], given, strict=True))))
     known = memory_file.describe(demo.memory)[0].replace(window=demo.window)
-    return [recall.describe(answers, known, settings), reading.describe(story, plays[0].title, known)]
+    return [recall_report.describe(answers, known, settings), reading.describe(story, plays[0].title, known)]
 
 
 def dependencies(demo: DemoConfig, recipe: FinetuneConfig) -> tuple[dict[str, Any], ...]:

@@ -15,7 +15,7 @@ from allmem_jax.checkpoints import load as load_lib
 from allmem_jax.checkpoints import tokenizer as tokenizer_lib
 from allmem_jax.decoding import chat as text_lib
 from allmem_jax.decoding import generation
-from allmem_jax.evaluation import divergence, questions, recall
+from allmem_jax.evaluation import divergence, haystacks, questions, recall
 from allmem_jax.model import config as config_lib
 from allmem_jax.model import lm, state
 from allmem_jax.reporting import sections
@@ -80,7 +80,7 @@ def _story(tokenizer: Any, text: str, length: int) -> list[int]:
     if len(body) < room:
         raise ValueError(f"the text has {len(body)} tokens, and {room} are to be read: give a longer one")
     places = np.linspace(0.05, 0.33, len(told)) * room
-    return [*head, *questions.weave(body, [*zip(places.astype(int).tolist(), told, strict=True)])[0]]
+    return [*head, *haystacks.weave(body, [*zip(places.astype(int).tolist(), told, strict=True)])[0]]
 
 
 def _answers(
