@@ -76,8 +76,8 @@ def describe(
         f"{'through the chat template' if settings.chat else 'in plain text'}. In brackets: 95 % intervals, which take "
         f"answers as independent, also where up to {questions_lib.QUESTIONS} pairs are asked of one context. "
         f'"{recall.OTHER}" is the converted model where all of the prompt that attention does not see at the question '
-        "comes from another prompt of the task, which gives no answer: what it has right, the memory has not given. It is "
-        "asked where something lies beyond the window."
+        "comes from another prompt of the task, which gives no answer: what it has right, the memory has not given. "
+        "It is asked where something lies beyond the window."
     )
     tables = [_accuracy(results), _by_distance(results, config.window), _against_original(results)]
     plots = [*_plots_by_length(results, config.window), *_plots_by_pairs(results)]
