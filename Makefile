@@ -5,11 +5,12 @@ PYTHON ?= python3
 VENV := .venv
 CORE_VENV := .venv-core-$(notdir $(PYTHON))
 AOT_VENV := .venv-aot
+DOCS_VENV := .venv-docs
 RUN := $(VENV)/bin/python
 # A test file is one process's, as what its tests compile is shared; each process takes up to 3 GB.
 PYTEST := -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
-.PHONY: help demo evidence test test-core test-aot fetch format clean
+.PHONY: help demo evidence test test-core test-aot docs fetch format clean
 
 help:
 	@echo 'make demo       convert SmolLM2-135M to AllMem, distil it on real text, write a report (out/)'
@@ -18,6 +19,7 @@ help:
 	@echo 'make test-core PYTHON=python3.12'
 	@echo '                kernels, model and generation on another Python, in an environment of its own'
 	@echo 'make test-aot   every kernel and a training step through the compilers of TPUs and of the H100, no device needed'
+	@echo 'make docs       the pages of docs/, in site/'
 	@echo 'make fetch      download the real model and texts, so that the tests that want them run'
 	@echo 'make format     format the code and fix what lint can fix'
 	@echo 'make clean      remove environments and caches; downloads (.cache/) and results (out/) stay'
@@ -41,6 +43,9 @@ test-core: $(CORE_VENV)/core.stamp
 test-aot: $(AOT_VENV)/aot.stamp
 	TRITON_INTERPRET=0 XLA_FLAGS= $(AOT_VENV)/bin/python $(PYTEST) --dist load tests/test_aot.py
 
+docs: $(DOCS_VENV)/docs.stamp
+	NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/python -m mkdocs build --strict --quiet
+
 fetch: $(VENV)/demo.stamp
 	$(RUN) -m train.fetch
 
@@ -49,7 +54,7 @@ format: $(VENV)/dev.stamp
 	$(RUN) -m ruff check --fix .
 
 clean:
-	rm -rf .venv .venv-core-* .pytest_cache .ruff_cache .mypy_cache .hypothesis dist build
+	rm -rf .venv .venv-core-* .venv-docs site .pytest_cache .ruff_cache .mypy_cache .hypothesis dist build
 
 $(VENV)/demo.stamp: pyproject.toml
 	$(call install,$(VENV),train)
@@ -57,6 +62,13 @@ $(VENV)/demo.stamp: pyproject.toml
 $(VENV)/dev.stamp: pyproject.toml
 	$(call install,$(VENV),dev$(comma)train)
 	touch $(VENV)/demo.stamp
+
+# The pages need the sources alone, which are read and not imported.
+$(DOCS_VENV)/docs.stamp: pyproject.toml
+	test -x $(DOCS_VENV)/bin/python || $(PYTHON) -m venv $(DOCS_VENV)
+	$(DOCS_VENV)/bin/python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["docs"], sep="\n")' \
+	  | $(DOCS_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --requirement /dev/stdin
+	touch $@
 
 $(CORE_VENV)/core.stamp: pyproject.toml
 	$(call install,$(CORE_VENV),test$(comma)train)

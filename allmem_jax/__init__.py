@@ -1,12 +1,16 @@
 """AllMem in JAX: pretrained language models with constant memory and constant cost per token."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from allmem_jax.decoding.generation import Sampling, generate
 from allmem_jax.model.config import ModelConfig, RopeScaling, preset
 from allmem_jax.model.lm import AllMemLM
 from allmem_jax.model.state import DecodeState, init_state, load_state, save_state
 
+if TYPE_CHECKING:
+    from allmem_jax.checkpoints.convert import load_pretrained, save_pretrained
+
+__version__ = "0.1.0"
 __all__ = [
     "AllMemLM",
     "DecodeState",
