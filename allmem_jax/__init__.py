@@ -8,7 +8,8 @@ from allmem_jax.model.lm import AllMemLM
 from allmem_jax.model.state import DecodeState, init_state, load_state, save_state
 
 if TYPE_CHECKING:
-    from allmem_jax.checkpoints.convert import load_pretrained, save_pretrained
+    from allmem_jax.checkpoints.load import load_pretrained
+    from allmem_jax.checkpoints.save import save_pretrained
 
 __version__ = "0.1.0"
 __all__ = [
