@@ -415,7 +415,7 @@ def test_the_recorded_command_asks_for_the_same(tiny, tmp_path, monkeypatch):
     fields = ("suite", "tasks", "limit", "max_length", "chat", "batch")
     assert settings == longbench_data.Settings(**{name: asked[name] for name in fields})
     assert asked["mixers"] == ("full", "write_off")
-    assert asked["mixing"] == cli.Mixing(window=32, sinks=1, chunk=16, dtype="bfloat16")
+    assert asked["mixing"] == cli.options.Mixing(window=32, sinks=1, chunk=16, dtype="bfloat16")
     command = longbench.command(str(path), plan._replace(settings=longbench_data.Settings("lveval")), config, ("swa",))
     assert cli.main(shlex.split(command)[1:]) == 0
     assert asked["out"] == pathlib.Path("out/longbench") and asked["tasks"] == () and asked["suite"] == "lveval"

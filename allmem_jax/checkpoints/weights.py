@@ -149,7 +149,7 @@ def check(source: pathlib.Path | str, found: Shapes, wanted: Shapes) -> None:
 
 
 def _raise_problems(source: pathlib.Path | str, problems: Mapping[str, list[str]]) -> None:
-    lines = [f"  {kind}: {item}" for kind, items in problems.items() for item in items]
+    lines = [f"  {kind}: {item.removeprefix(MEMORY)}" for kind, items in problems.items() for item in items]
     if lines:
         raise ValueError(f"{source}: {len(lines)} tensors do not fit the config:\n" + "\n".join(lines))
 
