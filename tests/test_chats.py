@@ -7,7 +7,7 @@ import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
 from allmem_jax.checkpoints import tokenizer as tokenizer_lib
-from train.data import documents, prompts
+from train.data import documents, encode, prompts
 
 pytestmark = pytest.mark.core
 
@@ -72,7 +72,7 @@ def say(*contents):
 
 def learned(tokenizer, messages, tools=None):
     """The text that a loss on responses is about, whose tokens are those of the whole rendering."""
-    document = documents.chat_document("here", messages, tokenizer, tools)
+    document = encode.chat_document("here", messages, tokenizer, tools)
     options = {"tools": tools} if tools else {}
     turns = [{name: value for name, value in message.items() if name != "train"} for message in messages]
     text = tokenizer.apply_chat_template(turns, tokenize=False, **options)
@@ -126,18 +126,18 @@ def test_calls_of_tools_go_through_the_template():
     answered = [{"role": "tool", "content": "3"}, {"role": "assistant", "content": "so 3"}]
     messages = [*say("hi"), {"role": "assistant", "content": None, "tool_calls": [call]}, *answered]
     tokenizer, tools = byte_tokenizer(TOOLS), [{"type": "function", "function": {"name": "f"}}]
-    document = documents.chat_document("here", messages, tokenizer, tools)
+    document = encode.chat_document("here", messages, tokenizer, tools)
     text = tokenizer.decode(document.tokens.tolist())
     assert text.startswith('{"type": "function", "function": {"name": "f"}}<|im_start|>userhi')
     said = tokenizer.decode(document.tokens[document.response].tolist())
     assert said == 'f{"x": 1}<|im_end|>so 3<|im_end|>'
     with pytest.raises(ValueError, match="here has tool_calls, of which the tokenizer's chat template knows nothing"):
-        documents.chat_document("here", messages, byte_tokenizer(CHATML))
+        encode.chat_document("here", messages, byte_tokenizer(CHATML))
     with pytest.raises(ValueError, match="here has tools, of which"):
-        documents.chat_document("here", say("hi", "hello"), byte_tokenizer(CHATML + "{# xml_tools #}"), tools)
+        encode.chat_document("here", say("hi", "hello"), byte_tokenizer(CHATML + "{# xml_tools #}"), tools)
     thinking = [*say("hi"), {"role": "assistant", "content": "a", "reasoning_content": "b"}]
     with pytest.raises(ValueError, match="here has reasoning_content, of which"):
-        documents.chat_document("here", thinking, byte_tokenizer(CHATML))
+        encode.chat_document("here", thinking, byte_tokenizer(CHATML))
 
 
 @pytest.mark.parametrize(
@@ -171,7 +171,7 @@ def merging_tokenizer(first, second):
 
 def test_tokens_do_not_cross_into_an_answer(tmp_path):
     tokenizer, merged = merging_tokenizer("Ċ", "a")
-    document = documents.chat_document("here", say("\na", "ab", "hi", "a\na"), tokenizer)
+    document = encode.chat_document("here", say("\na", "ab", "hi", "a\na"), tokenizer)
     assert tokenizer.decode(document.tokens[document.response].tolist()) == "ab<|im_end|>a\na<|im_end|>"
     assert document.response[document.tokens == merged].tolist() == [False, True]  # where no edge is between them
     tokenizer, merged = merging_tokenizer("Ġ", "4")
@@ -207,7 +207,7 @@ def test_prompts_are_the_beginning_of_training_on_their_answers(tmp_path, templa
     tokenizer, turns = byte_tokenizer(template), say("hi", THOUGHT, "bye")
     (tmp_path / "a.jsonl").write_text(json.dumps({"messages": turns}))
     (prompt,) = prompts.read(str(tmp_path / "a.jsonl"), tokenizer, 1000)
-    document = documents.chat_document("here", [*turns, *say("", "so long")[1:]], tokenizer)
+    document = encode.chat_document("here", [*turns, *say("", "so long")[1:]], tokenizer)
     assert document.tokens[: len(prompt.tokens)].tolist() == prompt.tokens
     assert document.response[len(prompt.tokens)] and not document.response[len(prompt.tokens) - 1]
 

@@ -13,7 +13,7 @@ from array_record.python import array_record_module
 from pyarrow import parquet
 
 from train import prepare, recipe
-from train.data import documents, stream
+from train.data import encode, stream
 
 pytestmark = pytest.mark.core
 
@@ -104,14 +104,14 @@ def test_every_kind_of_file_gives_the_same_rows(tmp_path, kind):
 @pytest.mark.parametrize("kind", ["jsonl", "parquet", "arrayrecord"])
 def test_chats_beside_texts(tmp_path, kind):
     found = load(write(tmp_path / "texts", kind, TEXTS[:1], [CHAT, CHAT[:2]]), tmp_path)
-    chats = [documents.chat_document("x", chat, Words()) for chat in (CHAT, CHAT[:2])]
+    chats = [encode.chat_document("x", chat, Words()) for chat in (CHAT, CHAT[:2])]
     same(list(found)[1:], chats)
     assert found[0].response.all() and "".join(map(chr, found[0].tokens)) == TEXTS[0]
     assert found[1].name.endswith({"jsonl": "a.jsonl:3"}.get(kind, f"a.{kind}:2"))
 
 
 def test_chat_loss_is_on_what_the_assistant_says():
-    chat = documents.chat_document("x", CHAT, Words())
+    chat = encode.chat_document("x", CHAT, Words())
     text = "".join(map(chr, chat.tokens))
     assert text == Words().apply_chat_template(CHAT, add_generation_prompt=False, tokenize=False)
     assert "".join(c for c, r in zip(text, chat.response, strict=True) if r) == "yo|\nb|\n"
@@ -300,7 +300,7 @@ def test_another_tokenizer_or_template_has_other_tokens(tmp_path):
 @pytest.mark.parametrize("damage", ["truncated", "emptied", "missing"])
 def test_a_cache_that_is_not_whole_is_made_again(tmp_path, part, damage):
     texts = write(tmp_path / "texts", "jsonl", TEXTS, [CHAT])
-    first = [documents.Document(d.name, d.tokens.copy(), d.response.copy()) for d in load(texts, tmp_path)]
+    first = [encode.Document(d.name, d.tokens.copy(), d.response.copy()) for d in load(texts, tmp_path)]
     (file,) = (tmp_path / "cache").glob(f"*.{part}")
     size = file.stat().st_size
     os.unlink(file) if damage == "missing" else os.truncate(file, size - 4 if damage == "truncated" else 0)

@@ -30,6 +30,7 @@ EXTRAS = {  # files that want an extra
     "pallas_kernels/swa/decode_triton.py": {"triton"},
     "pallas_kernels/swa/triton_gpu.py": {"triton"},
     "pallas_kernels/ttt/triton_gpu.py": {"triton"},
+    "pallas_kernels/ttt/triton_kernels.py": {"triton"},
     "train/loop/metrics.py": {"wandb"},  # where a recipe asks for it
 }
 

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
 
-from train.data import documents, formats, prompts, records
+from train.data import encode, formats, prompts, records
 from train.loop import tiny
 
 pytestmark = pytest.mark.core
@@ -200,7 +200,7 @@ def test_prompts_are_what_training_on_their_answers_sees(tmp_path, record, messa
     (tmp_path / "a.jsonl").write_bytes(lines(record))
     (prompt,) = prompts.read(str(tmp_path / "a.jsonl"), tiny.ByteTokenizer(), 100)
     assert prompt.messages == messages
-    whole = documents.chat_document("x", [*prompt.messages, SAID], tiny.ByteTokenizer())
+    whole = encode.chat_document("x", [*prompt.messages, SAID], tiny.ByteTokenizer())
     assert bytes(prompt.tokens + [*b"ho\n"]) == bytes(whole.tokens.tolist())
     assert not whole.response[len(prompt.tokens) - 1] and whole.response[len(prompt.tokens) :].all()
 

@@ -490,7 +490,9 @@ def test_the_recorded_command_asks_for_the_same(monkeypatch):
 def test_pairs_are_tasks(folder, tmp_path, monkeypatch):
     asked = []
     section = sections.Section("recall", "Recall", "allmem recall", data={})
-    monkeypatch.setattr(recall, "section", lambda settings, *_, **named: asked.append((settings, named)) or section)
+    monkeypatch.setattr(
+        recall_report, "section", lambda settings, *_, **named: asked.append((settings, named)) or section
+    )
     (tmp_path / "ahab.txt").write_text(TEXT)
     words = ["recall", str(folder), str(tmp_path / "ahab.txt"), "--out", str(tmp_path / "out"), "--pairs", "1", "12"]
     assert cli.main(words) == 0 and cli.main([*words, "--tasks", "needle"]) == 0

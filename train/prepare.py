@@ -16,7 +16,7 @@ import tqdm
 from allmem_jax.checkpoints import tokenizer as tokenizer_lib
 from allmem_jax.storage import stores
 from train import errors
-from train.data import documents, records
+from train.data import documents, encode, records
 from train.loop import tiny
 from train.recipe import FinetuneConfig, parse
 
@@ -24,7 +24,7 @@ _worker: dict[str, Any] = {}  # of a process: the tokenizer and its edges, which
 
 
 def prepare(
-    paths: Sequence[str], tokenizer: documents.Tokenizer, cache: Path, processes: int, *, end_of_text: bool = True
+    paths: Sequence[str], tokenizer: encode.Tokenizer, cache: Path, processes: int, *, end_of_text: bool = True
 ) -> int:
     """Tokenises the files that the cache lacks; `end_of_text` as in `documents.load_documents`.
 
@@ -34,7 +34,7 @@ def prepare(
     Raises:
       ValueError: a file or a record that cannot be used; files that are done stay done.
     """
-    files, ends = records.find(paths), documents.edges(tokenizer, end_of_text)
+    files, ends = records.find(paths), encode.edges(tokenizer, end_of_text)
     named = documents.digests(files, tokenizer, ends)
     missing = {digest: file for file, digest in named if documents.open_shard(file, digest, cache) is None}
     if not missing:
@@ -58,7 +58,7 @@ def prepare(
     return len(missing)
 
 
-def _start(tokenizer: documents.Tokenizer, ends: documents.Edges) -> None:
+def _start(tokenizer: encode.Tokenizer, ends: encode.Edges) -> None:
     _worker.update(tokenizer=tokenizer, ends=ends)
 
 

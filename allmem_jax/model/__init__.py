@@ -1,6 +1,6 @@
 """The model: what it is, its mathematics, its modules, its state.
 
-config          sizes of a model; the published ones by name
+config          sizes of a model; `presets` has those of the published ones
 functional      the mathematics of a layer, without parameters; all that calls the kernels
 linear_memory   the mathematics of the baselines
 layers          the modules that a layer is made of

@@ -3,6 +3,8 @@
 B batch    L tokens    d model    N memory heads    P, D' dimension of a head    S state
 """
 
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -44,15 +46,8 @@ class Mamba2(nn.Module):
         )
         step = step if c.write else 0.0 * step
         log_decay = -jnp.exp(self.param("A_log", decay_init, (c.memory_heads,))) * step
-        out, after = linear_memory.ssd(
-            query,
-            key,
-            (step[..., None] * value).astype(x.dtype),
-            log_decay,
-            None if state is None else state.memory,
-            valid=layers.real_tokens(x, shared),
-            reset=shared.reset,
-        )
+        written = (step[..., None] * value).astype(x.dtype)
+        out, after = linear_memory.ssd(query, key, written, log_decay, *_past(x, state, shared))
         _report_linear(self, step, log_decay, after)
         skip = self.param("D", nn.initializers.ones, (c.memory_heads,))
         out = (out + skip[:, None] * value).astype(x.dtype).reshape(*x.shape[:2], width)
@@ -81,20 +76,17 @@ class GatedDelta(nn.Module):
         beta = beta if c.write else 0.0 * beta
         step = nn.softplus(layers.Linear(heads, True, bias_init=step_init, name="decay_proj")(x).astype(jnp.float32))
         log_decay = -jnp.exp(self.param("A_log", decay_init, (heads,))) * step
-        out, after = linear_memory.gated_delta(
-            functional.l2_normalise(q),
-            functional.l2_normalise(k),
-            v,
-            log_decay,
-            beta,
-            None if state is None else state.memory,
-            valid=layers.real_tokens(x, shared),
-            reset=shared.reset,
-        )
+        q, k = functional.l2_normalise(q), functional.l2_normalise(k)
+        out, after = linear_memory.gated_delta(q, k, v, log_decay, beta, *_past(x, state, shared))
         _report_linear(self, beta, log_decay, after)
         out = layers.RMSNorm(c.norm_eps, name="out_norm")(out).reshape(*x.shape[:2], width)
         out = out * nn.silu(layers.Linear(width, name="z_proj")(x))
         return layers.projected(self, out), None if tail is None else (tail, after)
+
+
+def _past(x: jax.Array, state: layers.LayerState | None, shared: layers.Shared) -> tuple[Any, Any, Any]:
+    """What the recurrences take beside tokens: the state before them, which are real, which begin documents."""
+    return None if state is None else state.memory, layers.real_tokens(x, shared), shared.reset
 
 
 def _report_linear(module: nn.Module, rate: jax.Array, log_decay: jax.Array, after: jax.Array) -> None:

@@ -13,6 +13,9 @@ import typing
 import warnings
 from typing import Any
 
+from allmem_jax.model import presets
+
+PRESETS = presets.PRESETS
 MIXERS = ("allmem", "mamba2", "delta", "swa", "full")
 MEMORY_MIXERS = ("allmem", "mamba2", "delta")
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text")
@@ -234,7 +237,11 @@ class ModelConfig:
     @property
     def lag(self) -> int:
         """Tokens between one that comes and the one that is written; see `delay`."""
-        return max(self.window - self.chunk, 0) if self.delay and self.mixer == "allmem" else 0
+        return self.lag_of(self.window) if self.delay and self.mixer == "allmem" else 0
+
+    def lag_of(self, window: Any) -> Any:
+        """The same of a memory with a delay beside another window, an int or a traced scalar: never below 0."""
+        return (window - self.chunk) * (window > self.chunk)
 
     @property
     def waiting_channels(self) -> int:
@@ -301,9 +308,14 @@ class ModelConfig:
             fields = json.loads(text)
         except (ValueError, RecursionError) as error:
             raise ValueError(f"not a model config: {error}") from None
-        if isinstance(fields, dict) and fields.get("rope_scaling") is not None:
-            fields["rope_scaling"] = _from_fields(RopeScaling, fields["rope_scaling"])
-        return _from_fields(cls, fields)
+        return _from_fields(cls, _with_scaling(fields))
+
+
+def _with_scaling(fields: Any) -> Any:
+    """Fields of a `ModelConfig` with the rope scaling that they describe, if any, as an object."""
+    if not isinstance(fields, dict) or fields.get("rope_scaling") is None:
+        return fields
+    return fields | {"rope_scaling": _from_fields(RopeScaling, fields["rope_scaling"])}
 
 
 def _from_fields(cls: Any, fields: Any) -> Any:
@@ -343,23 +355,6 @@ def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
         raise ValueError(f"{name}={value!r} is not one of {', '.join(map(repr, allowed))}")
 
 
-_SMOLLM2 = dict(vocab_size=49152, head_dim=64, rope_theta=100_000.0)
-_QWEN3 = dict(
-    family="qwen3", vocab_size=151936, n_heads=16, n_kv_heads=8, head_dim=128, n_layers=28,
-    rope_theta=1e6, norm_eps=1e-6, qk_norm=True, max_length=40960,
-)  # fmt: skip
-_QWEN25 = dict(family="qwen2", vocab_size=151936, rope_theta=1e6, norm_eps=1e-6, qkv_bias=True, max_length=32768)
-_LLAMA32 = dict(
-    vocab_size=128256, n_kv_heads=8, rope_theta=500_000.0, max_length=131072,
-    rope_scaling=RopeScaling("llama3", factor=32.0, original_length=8192),
-)  # fmt: skip
-_GEMMA3 = dict(
-    family="gemma3_text", vocab_size=262144, n_heads=4, n_kv_heads=1, head_dim=256, rope_theta=1e6, norm_eps=1e-6,
-    qk_norm=True, activation="gelu_tanh", sandwich_norms=True, norm_offset=1.0, query_scale=256**-0.5,
-    local_window=512, local_rope_theta=10_000.0, max_length=32768,
-)  # fmt: skip
-
-
 def default_n_mem(n_kv_heads: int) -> int:
     """Heads that the memory of a pretrained model has where nothing else is asked for.
 
@@ -367,31 +362,6 @@ def default_n_mem(n_kv_heads: int) -> int:
     one or two, whose memory would be too small.
     """
     return 4 if n_kv_heads < 3 else min(n_kv_heads, 8)
-
-
-def five_to_one(n_layers: int) -> tuple[bool, ...]:
-    """Gemma 3's pattern: every sixth layer is global, the others local."""
-    return tuple((layer + 1) % 6 != 0 for layer in range(n_layers))
-
-
-PRESETS: dict[str, dict[str, Any]] = {
-    "smollm2-135m": dict(_SMOLLM2, d_model=576, n_layers=30, n_heads=9, n_kv_heads=3, d_ff=1536),
-    "smollm2-360m": dict(_SMOLLM2, d_model=960, n_layers=32, n_heads=15, n_kv_heads=5, d_ff=2560),
-    "smollm2-1.7b": dict(_SMOLLM2, d_model=2048, n_layers=24, n_heads=32, n_kv_heads=32, d_ff=8192,
-                         rope_theta=130_000.0),
-    "qwen3-0.6b": dict(_QWEN3, d_model=1024, d_ff=3072),
-    "qwen3-1.7b": dict(_QWEN3, d_model=2048, d_ff=6144),
-    "qwen2.5-0.5b": dict(_QWEN25, d_model=896, n_layers=24, n_heads=14, n_kv_heads=2, head_dim=64, d_ff=4864),
-    "qwen2.5-1.5b": dict(_QWEN25, d_model=1536, n_layers=28, n_heads=12, n_kv_heads=2, head_dim=128, d_ff=8960),
-    "llama-3.2-1b": dict(_LLAMA32, d_model=2048, n_layers=16, n_heads=32, head_dim=64, d_ff=8192),
-    "llama-3.2-3b": dict(_LLAMA32, d_model=3072, n_layers=28, n_heads=24, head_dim=128, d_ff=8192),
-    "mistral-7b": dict(family="mistral", vocab_size=32768, d_model=4096, n_layers=32, n_heads=32, n_kv_heads=8,
-                       head_dim=128, d_ff=14336, rope_theta=1e6, tie_embeddings=False, max_length=32768),
-    "gemma-3-270m": dict(_GEMMA3, d_model=640, n_layers=18, d_ff=2048, embed_scale=640**0.5,
-                         local_layers=five_to_one(18)),
-    "gemma-3-1b": dict(_GEMMA3, d_model=1152, n_layers=26, d_ff=6912, embed_scale=1152**0.5,
-                       local_layers=five_to_one(26)),
-}  # fmt: skip
 
 
 def preset(name: str, **changes: Any) -> ModelConfig:
@@ -405,5 +375,5 @@ def preset(name: str, **changes: Any) -> ModelConfig:
         close = difflib.get_close_matches(name, PRESETS, n=1)
         hint = f": did you mean {close[0]!r}?" if close else "."
         raise ValueError(f"no preset {name!r}{hint} There are {', '.join(PRESETS)}")
-    sizes = PRESETS[name]
-    return ModelConfig(**{"n_mem": default_n_mem(sizes["n_kv_heads"]), **sizes}).replace(**changes)
+    fields = {"n_mem": default_n_mem(PRESETS[name]["n_kv_heads"]), **PRESETS[name]}
+    return ModelConfig(**_with_scaling(fields)).replace(**changes)

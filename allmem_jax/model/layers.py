@@ -155,22 +155,13 @@ class Attention(nn.Module):
             window = jnp.where(is_local, jnp.minimum(window, c.local_window), window)
             sinks = jnp.where(is_local, 0, sinks)
         q, k = functional.apply_rope(q, rope), functional.apply_rope(k, rope)
+        sizes: Any = {"window": window, "sinks": sinks, "scale": scale}
         new = None
         if state is None:
-            out = functional.attend(q, k, v, window=window, sinks=sinks, segment_ids=shared.segment_ids, scale=scale)
+            out = functional.attend(q, k, v, segment_ids=shared.segment_ids, **sizes)
         else:
-            out = functional.attend_cached(
-                q,
-                k,
-                v,
-                (state.keys, state.values),
-                shared.position,
-                shared.lengths,
-                sink_slots=c.sinks,
-                window=window,
-                sinks=sinks,
-                scale=scale,
-            )
+            past = (state.keys, state.values), shared.position, shared.lengths
+            out = functional.attend_cached(q, k, v, *past, sink_slots=c.sinks, **sizes)
             new = k, v
         return Linear(c.d_model, c.o_bias, name="o_proj")(out.reshape(*x.shape[:2], -1)), new
 

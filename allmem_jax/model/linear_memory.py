@@ -31,7 +31,6 @@ def ssd(
     v: jax.Array,
     log_decay: jax.Array,
     state: jax.Array | None = None,
-    *,
     valid: jax.Array | None = None,
     reset: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
@@ -61,7 +60,6 @@ def gated_delta(
     log_decay: jax.Array,
     beta: jax.Array,
     state: jax.Array | None = None,
-    *,
     valid: jax.Array | None = None,
     reset: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:

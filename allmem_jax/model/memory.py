@@ -4,6 +4,7 @@ B batch    L tokens    d model    N memory heads    D head dimension    H fast h
 """
 
 import itertools
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -49,19 +50,9 @@ class Memory(nn.Module):
         init = self._initial_weights()
 
         past = None if state is None else functional.start_memory(state.memory, init, shared.position == 0)
-        out, after = functional.remember(
-            q,
-            k,
-            v,
-            lr,
-            momentum,
-            init,
-            past,
-            chunk=c.chunk,
-            valid=layers.real_tokens(x, shared),
-            reset=shared.reset,
-            read_out=c.read_out,
-        )
+        marks: Any = {"valid": layers.real_tokens(x, shared), "reset": shared.reset}
+        tokens = q, k, v, lr, momentum
+        out, after = functional.remember(*tokens, init, past, chunk=c.chunk, read_out=c.read_out, **marks)
         self._report(lr, momentum, init, after)
         if c.read_out == "full":
             out = layers.RMSNorm(c.norm_eps, name="out_norm")(out)
@@ -124,8 +115,7 @@ def _delayed(
     waiting = jnp.concatenate(flat, axis=-1)
     if state is None:
         assert shared.window is not None
-        lag = jnp.maximum(shared.window - c.chunk, 0)
-        late, there = functional.delayed(waiting, lag, segment_ids=shared.segment_ids)
+        late, there = functional.delayed(waiting, c.lag_of(shared.window), segment_ids=shared.segment_ids)
     else:
         late, there = functional.delayed(waiting, c.lag, state.waiting, shared.position)
     parts = jnp.split(late, list(itertools.accumulate(x.shape[-1] for x in flat))[:-1], axis=-1)

@@ -12,6 +12,7 @@ Axes: B batch, L tokens, Hq and Hkv heads of attention, N heads of the memory, D
 import argparse
 import dataclasses
 import importlib.util
+import itertools
 import json
 import pathlib
 import statistics
@@ -69,7 +70,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.tpu is not None:
         jax.config.update("jax_platforms", "cpu")
-    found: dict[str, Any] = {"machine": _machine()}
+    found: dict[str, Any] = {"machine": _machine()}  # which starts JAX, so after the platform is set
     if arguments.tpu is not None:
         found["checks"] = _check_interpreted(arguments.dims)
         found["schedules"] = _schedules(arguments.tpu or ["v5e", "v5p", "v6e", "tpu7x"], arguments.dims)
@@ -174,20 +175,22 @@ def _times(shapes: Shapes, platform: str) -> list[dict[str, Any]]:
 
     def measure(case: str, name: str, function: Callable[..., Any], arguments: Any) -> None:
         try:
-            seconds = _median(jax.jit(function), arguments, shapes.repeats)
+            run = jax.jit(function)
+            seconds = _median(lambda: jax.block_until_ready(run(*arguments)), shapes.repeats)
         except (jax.errors.JaxRuntimeError, ValueError, NotImplementedError) as error:
             lines.append({"case": case, "name": name, "error": str(error).splitlines()[0][:200]})
         else:
             lines.append({"case": case, "name": name, "seconds": seconds})
         print(lines[-1], flush=True)
 
+    def both(kernel: str, sizes: Any, name: str, function: Callable[..., Any], arguments: Any) -> None:
+        measure(f"{kernel} forward {sizes}", name, function, arguments)
+        measure(f"{kernel} forward + backward {sizes}", name, _gradient(function, len(arguments)), arguments)
+
     dtype = jnp.dtype(shapes.dtype)
-    chunk = shapes.memory[4]
     arguments = _memory_inputs(*shapes.memory[:4], dtype)
     for name in ("best", "xla"):
-        remember = _memory_call(None if name == "best" else name, chunk)
-        measure(f"memory forward {shapes.memory}", name, remember, arguments)
-        measure(f"memory forward + backward {shapes.memory}", name, _gradient(remember, len(arguments)), arguments)
+        both("memory", shapes.memory, name, _memory_call(_named(name), shapes.memory[4]), arguments)
     dense = "cudnn" if platform == "gpu" else "xla"
     for length in shapes.lengths:
         qkv = _attention_inputs(shapes.attention[0], length, *shapes.attention[1:], dtype)
@@ -196,8 +199,7 @@ def _times(shapes: Shapes, platform: str) -> list[dict[str, Any]]:
             if platform == "gpu":
                 entries["cudnn, no sinks"] = _dense(dense, (window - 1, 0))
             for name, attend in entries.items():
-                measure(f"attention forward {length}/{window}", name, attend, qkv)
-                measure(f"attention forward + backward {length}/{window}", name, _gradient(attend, 3), qkv)
+                both("attention", f"{length}/{window}", name, attend, qkv)
             if platform == "gpu" and importlib.util.find_spec("torch"):
                 try:
                     lines += _flex(shapes, length, window)
@@ -206,7 +208,7 @@ def _times(shapes: Shapes, platform: str) -> list[dict[str, Any]]:
                         {"case": f"attention {length}/{window}", "name": "FlexAttention", "error": str(error)[:200]}
                     )
         measure(f"attention forward {length}/all", dense, _dense(dense, None), qkv)
-    lines += _layer_ratios(lines)
+    lines += _layer_ratios(lines, shapes)
     measure_decode(measure, shapes, dtype)
     return lines
 
@@ -227,31 +229,21 @@ def measure_decode(measure: Callable[..., None], shapes: Shapes, dtype: Any) -> 
     measure(f"decode {shapes.decode}", "full", full, _decode_inputs(batch, context, shapes, dtype))
     measure(f"decode {shapes.decode}", "ours", ours, (*ring, *memory))
     for name in ("best", "xla"):
-        measure(f"decode, attention alone {ring[3].shape}", name, _decode(None if name == "best" else name), ring)
+        measure(f"decode, attention alone {ring[3].shape}", name, _decode(_named(name)), ring)
 
 
-def _layer_ratios(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _layer_ratios(lines: list[dict[str, Any]], shapes: Shapes) -> list[dict[str, Any]]:
     """Attention to everything over windowed attention and memory together, per token, at every length measured."""
     found = {(line["case"], line["name"]): line.get("seconds") for line in lines}
-    memory = next(
-        (s / _length(case) for (case, name), s in found.items() if "memory forward (" in case and name == "best" and s),
-        None,
-    )
+    memory = found.get((f"memory forward {shapes.memory}", "best"))
     ratios = []
-    for (case, name), seconds in found.items():
-        if name != "ours" or "forward + backward" in case or seconds is None or memory is None:
-            continue
-        length = int(case.split()[-1].split("/")[0])
-        full = next((s for (c, _), s in found.items() if c == f"attention forward {length}/all" and s), None)
-        if full:
-            ratios.append(
-                {"case": f"prefill {case.split()[-1]}, full over ours", "ratio": full / (seconds + memory * length)}
-            )
+    for length, window in itertools.product(shapes.lengths, shapes.windows):
+        ours = found.get((f"attention forward {length}/{window}", "ours"))
+        full = next((s for (case, _), s in found.items() if case == f"attention forward {length}/all"), None)
+        if memory and ours and full:
+            ratio = full / (ours + memory * length / shapes.memory[1])
+            ratios.append({"case": f"prefill {length}/{window}, full over ours", "ratio": ratio})
     return ratios
-
-
-def _length(case: str) -> int:
-    return int(case.split("(")[1].split(",")[1])
 
 
 def _memory_call(implementation: str | None, chunk: int) -> Callable[..., Any]:
@@ -284,12 +276,18 @@ def _gradient(function: Callable[..., Any], count: int) -> Callable[..., Any]:
     return jax.grad(lambda *x: jnp.sum(function(*x).astype(jnp.float32)), tuple(range(count)))
 
 
-def _median(function: Callable[..., Any], arguments: Any, repeats: int) -> float:
-    jax.block_until_ready(function(*arguments))
+def _named(name: str) -> str | None:
+    """The implementation that a line of the report is about."""
+    return None if name == "best" else name
+
+
+def _median(run: Callable[[], Any], repeats: int) -> float:
+    """Seconds of `run`, which waits for what it starts; the first call, which compiles, does not count."""
+    run()
     seconds = []
     for _ in range(repeats):
         began = time.perf_counter()
-        jax.block_until_ready(function(*arguments))
+        run()
         seconds.append(time.perf_counter() - began)
     return statistics.median(seconds)
 
@@ -308,37 +306,22 @@ def _flex(shapes: Shapes, length: int, window: int) -> list[dict[str, Any]]:
     def visible(b, h, i, j):
         return (j <= i) & ((i - j < window) | (j < SINKS))
 
-    mask = flex_attention.create_block_mask(
-        visible,
-        None,
-        None,
-        length,
-        length,
-        device="cuda",
-        _compile=True,  # or it forms [L, L]
-    )
+    compiled: Any = {"device": "cuda", "_compile": True}  # or it forms [L, L]
+    mask = flex_attention.create_block_mask(visible, None, None, length, length, **compiled)
     attend = torch.compile(lambda: flex_attention.flex_attention(q, k, v, block_mask=mask, enable_gqa=True))
+
+    def forward():
+        attend()
+        torch.cuda.synchronize()
 
     def both():
         attend().sum().backward()
+        torch.cuda.synchronize()
 
     lines = []
-    for case, function in (("forward", attend), ("forward + backward", both)):
-        function()
-        seconds = []
-        for _ in range(shapes.repeats):
-            torch.cuda.synchronize()
-            began = time.perf_counter()
-            function()
-            torch.cuda.synchronize()
-            seconds.append(time.perf_counter() - began)
-        lines.append(
-            {
-                "case": f"attention {case} {length}/{window}",
-                "name": "FlexAttention",
-                "seconds": statistics.median(seconds),
-            }
-        )
+    for case, run in (("forward", forward), ("forward + backward", both)):
+        seconds = _median(run, shapes.repeats)
+        lines.append({"case": f"attention {case} {length}/{window}", "name": "FlexAttention", "seconds": seconds})
         print(lines[-1], flush=True)
     return lines
 

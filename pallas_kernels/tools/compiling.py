@@ -29,12 +29,10 @@ def memory(
     weights = ((heads, hidden, dim), (heads, hidden, dim), (heads, dim, hidden))
     init = FastWeights._make(_array(*shape) for shape in weights)
     marks = (_array(1, length, dtype=bool),) * 2 if masks else (None, None)
-    implementation = "triton" if name == "h100" else "pallas"
+    options: Any = {"chunk_size": chunk, "read_out": read_out, "implementation": _backend(name)}
 
     def loss(arguments, valid, reset):
-        out, state = ttt_memory(
-            *arguments, chunk_size=chunk, valid=valid, reset=reset, read_out=read_out, implementation=implementation
-        )
+        out, state = ttt_memory(*arguments, valid=valid, reset=reset, **options)
         return sum(jnp.sum(x.astype(jnp.float32)) for x in (out, *state.weights))
 
     arguments = (q, q, q, _array(1, length, heads, 3), _array(1, length, heads), init)
@@ -48,10 +46,10 @@ def attention(
     q, k = (_array(1, length, heads, dim, dtype=jnp.dtype(dtype)) for heads in (8 * groups, 8))
     segments = _array(1, length, dtype=jnp.int32) if documents else None
     size = _array(dtype=jnp.int32)
-    implementation = "triton" if name == "h100" else "pallas"
 
     def loss(q, k, v, window, sinks, segments):
-        out = swa_attention(q, k, v, window=window, sinks=sinks, segment_ids=segments, implementation=implementation)
+        sizes = {"window": window, "sinks": sinks, "segment_ids": segments}
+        out = swa_attention(q, k, v, **sizes, implementation=_backend(name))
         return jnp.sum(out.astype(jnp.float32))
 
     return for_one_device(name, jax.grad(loss, (0, 1, 2)), q, k, k, size, size, segments)
@@ -64,13 +62,16 @@ def decode(
     q, k = (_array(batch, heads, dim, dtype=jnp.dtype(dtype)) for heads in (kv_heads * groups, kv_heads))
     cache = _array(batch, slots, kv_heads, dim, dtype=jnp.dtype(dtype))
     size = _array(dtype=jnp.int32)
-    implementation = "triton" if name == "h100" else "pallas"
 
     def step(q, k, v, keys, values, position, window, sinks):
         sizes = {"sink_slots": 128, "window": window, "sinks": sinks}
-        return swa_decode(q, k, v, keys, values, position, **sizes, implementation=implementation)
+        return swa_decode(q, k, v, keys, values, position, **sizes, implementation=_backend(name))
 
     return for_one_device(name, step, q, k, k, cache, cache, _array(batch, dtype=jnp.int32), size, size)
+
+
+def _backend(name: str) -> str:
+    return "triton" if name == "h100" else "pallas"
 
 
 def _array(*shape: int, dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:

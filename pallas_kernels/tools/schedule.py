@@ -108,12 +108,8 @@ def main() -> None:
         from pallas_kernels.tools import compiling
 
         shape = (arguments.device, arguments.dim, arguments.dtype, arguments.length)
-        if arguments.kernel == "memory":
-            compiled = compiling.memory(*shape, arguments.chunk)
-        elif arguments.kernel == "attention":
-            compiled = compiling.attention(*shape)
-        else:
-            compiled = compiling.decode(*shape, kv_heads=arguments.kv_heads)
+        of_kernel: Any = {"memory": {"chunk": arguments.chunk}, "decode": {"kv_heads": arguments.kv_heads}}
+        compiled = getattr(compiling, arguments.kernel)(*shape, **of_kernel.get(arguments.kernel, {}))
         analysis: Any = compiled.memory_analysis()
         for schedule in read(pathlib.Path(folder), "ttt" if arguments.kernel == "memory" else "swa"):
             line = vars(arguments) | {"temporary_bytes": analysis.temp_size_in_bytes} | dataclasses.asdict(schedule)

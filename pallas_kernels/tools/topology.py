@@ -45,12 +45,10 @@ def devices(name: str) -> list[jax.Device]:
     try:
         if name == "h100":
             triton_call.capability = 90  # there is no GPU that could be asked
-            return list(
-                topologies.get_topology_desc(
-                    platform="cuda", topology_name="h100", topology="1x1x1", target_config=_H100
-                ).devices
-            )
-        return list(topologies.get_topology_desc(platform="tpu", topology_name=SMALLEST.get(name, name)).devices)
+            where = {"platform": "cuda", "topology_name": "h100", "topology": "1x1x1", "target_config": _H100}
+        else:
+            where = {"platform": "tpu", "topology_name": SMALLEST.get(name, name)}
+        return list(topologies.get_topology_desc(**where).devices)
     except Exception as error:
         needed = "jax-cuda13-plugin and jax-cuda13-pjrt" if name == "h100" else "libtpu"
         raise RuntimeError(f"cannot compile for {name!r} here; it needs {needed}, and a known name: {error}") from error

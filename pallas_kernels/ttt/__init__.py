@@ -3,8 +3,8 @@
 types             fast weights, and the state
 api               `ttt_memory`: signature, checks, choice of backend
 reference, xla    token by token, to compare with; blocks of plain JAX
-pallas_tpu        the TPU kernels; `tpu_block` is a block's mathematics, `tpu_layout` its shapes
-triton_gpu        the GPU kernels
+pallas_tpu        calls the TPU kernels of `tpu_kernels`; `tpu_block` is a block's mathematics, `tpu_layout` its shapes
+triton_gpu        calls the GPU kernels of `triton_kernels`
 visits            which pieces of chunks the kernels visit, in what order
 """
 

@@ -6,7 +6,7 @@ K blocks of T tokens, V visits, S slots, R rows of `rates`.
 Heads are packed until they fill 128 lanes, their weights in the diagonal blocks of one matrix; all three weights are
 kept as [D, H] (gate and up transposed). One call goes through the visits of `pallas_kernels.ttt.visits` in order; the
 backward call goes through them in reverse and computes everything again, from the weights and the momentum that the
-forward call left in a slot for each update.
+forward call left in a slot for each update. The kernels themselves are in `tpu_kernels`.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import tpu_kind
-from pallas_kernels.ttt import tpu_block, tpu_layout, visits
+from pallas_kernels.ttt import tpu_kernels, tpu_layout, visits
 from pallas_kernels.ttt.types import MemoryState
 
 SEMANTICS: tuple[Any, ...] = ("parallel", "parallel", "arbitrary")
@@ -140,173 +140,13 @@ def _prepare(chunk_size, aligned, q, init, valid, reset, count, most, vmem_bytes
     return layout, plan, visits.make_visits(plan, layout.phases)
 
 
-# The kernels.
-
-
-def _forward_kernel(layout, difference, save, words, slots, total, *refs):
-    """One visit: reads with the weights in scratch, adds to the pending gradient, and ends the chunk where told."""
-    del slots, total
-    q, k, v, rates, mu, init, *start = refs[:9]
-    out, *outputs = refs[9:-5]
-    saved, end = outputs[:-3], outputs[-3:]
-    weights, velocity, pending, first, cast = refs[-5:]
-    step = pl.program_id(2)
-    word = words[pl.program_id(0), step]
-    has = functools.partial(_has, word)
-
-    @pl.when(step == 0)
-    def _():
-        for scratch, ref in zip((weights, velocity, pending, first), (*start, init), strict=True):
-            tpu_block.pack(layout, scratch, ref)
-
-    @pl.when(has(visits.FRESH))
-    def _():
-        weights[...] = first[...]
-        velocity[...] = jnp.zeros_like(velocity)
-        pending[...] = jnp.zeros_like(pending)
-
-    @pl.when(has(visits.ENTERS))
-    def _():
-        normalised = tpu_block.normalise(weights[...], first[...])
-        cast[0], cast[1] = weights[...].astype(cast.dtype), normalised.astype(cast.dtype)
-        if save:
-
-            @pl.when(jnp.logical_not(has(visits.INITIAL)))
-            def _():
-                for ref, scratch in zip(saved, (weights, velocity), strict=True):
-                    tpu_block.unpack(layout, ref, scratch[...])
-
-    @pl.when(has(visits.ACTIVE))
-    def _():
-        read = tpu_block.read(cast[0], q[0, 0])
-        if difference:
-            read -= tpu_block.read(first[...].astype(cast.dtype), q[0, 0])
-        if layout.phases == 1:
-            out[0, 0] = read.astype(out.dtype)
-        else:
-            mine = tpu_block.phase_column(layout, rates[0, 0, 0], word)
-            keep = jnp.logical_and(jnp.logical_not(has(visits.OPENS)), jnp.logical_not(mine))
-            out[0, 0] = jnp.where(keep, out[0, 0], read.astype(out.dtype))
-        lr = tpu_block.expand_rates(layout, tpu_block.own_rates(layout, rates[0, 0, 0], word), q.dtype)
-        pending[...] += tpu_block.gradient(layout, cast[1], k[0, 0], v[0, 0], lr)
-
-    @pl.when(has(visits.UPDATE))
-    def _():
-        moved = mu[0, 0, 0] * velocity[...] - tpu_block.diagonal(layout, pending[...])
-        weights[...] = tpu_block.normalise(weights[...], first[...]) + moved
-        velocity[...] = moved
-        pending[...] = jnp.zeros_like(pending)
-
-    @pl.when(step == pl.num_programs(2) - 1)
-    def _():
-        for ref, scratch in zip(end, (weights, velocity, pending), strict=True):
-            tpu_block.unpack(layout, ref, scratch[...])
-
-
-def _backward_kernel(layout, difference, words, slots, total, *refs):
-    """One visit in reverse: cotangents of what follows are in scratch."""
-    del slots
-    q, k, v, d_out, rates, mu, init, weights, velocity, *d_end = refs[:12]
-    d_q, d_k, d_v, d_rates, d_mu, *d_start = refs[12:21]
-    d_weights, d_normalised, d_velocity, d_pending, d_first, first, current, cast = refs[21:]
-    d_weights_out, d_velocity_out, d_pending_out, d_init_out = d_start
-    step = pl.program_id(2)
-    word = words[pl.program_id(0), total[0] - 1 - step]
-    has = functools.partial(_has, word)
-
-    @pl.when(step == 0)
-    def _():
-        for scratch, ref in zip((d_weights, d_velocity, d_pending, first), (*d_end, init), strict=True):
-            tpu_block.pack(layout, scratch, ref)
-        d_normalised[...] = jnp.zeros_like(d_normalised)
-        d_first[...] = jnp.zeros_like(d_first)
-        cast[2] = d_pending[...].astype(cast.dtype)
-
-    @pl.when(has(visits.LEAVES))
-    def _():
-        tpu_block.pack(layout, current, weights)
-
-        @pl.when(has(visits.INITIAL))
-        def _():
-            current[...] = first[...]
-
-        normalised = tpu_block.normalise(current[...], first[...])
-        cast[0], cast[1] = current[...].astype(cast.dtype), normalised.astype(cast.dtype)
-
-    @pl.when(has(visits.CLOSES))
-    def _():
-        for ref in (d_q, d_k, d_v, d_rates, d_mu):
-            ref[...] = jnp.zeros_like(ref)
-
-    @pl.when(has(visits.UPDATE))
-    def _():
-        moved = tpu_block.diagonal(layout, d_velocity[...] + d_weights[...])
-        for p in range(layout.pack):
-            rows, columns = tpu_block.block_of(layout, p)
-            old = jnp.where(has(visits.INITIAL), 0.0, velocity[0, p, 0])
-            part = jnp.sum(moved[:, rows, columns] * old, axis=(0, 1))
-            d_mu[0, 0, 0, 0, columns] = part
-        d_normalised[...] = d_weights[...]
-        d_weights[...] = jnp.zeros_like(d_weights)
-        d_velocity[...] = mu[0, 0, 0] * moved
-        d_pending[...] = -moved
-        cast[2] = (-moved).astype(cast.dtype)
-
-    @pl.when(has(visits.ACTIVE))
-    def _():
-        lr = tpu_block.expand_rates(layout, tpu_block.own_rates(layout, rates[0, 0, 0], word), q.dtype)
-        d_read = d_out[0, 0]
-        if layout.phases > 1:
-            d_read = jnp.where(tpu_block.phase_column(layout, rates[0, 0, 0], word), d_read, jnp.zeros_like(d_read))
-        part, d_w = tpu_block.read_backward(cast[0], q[0, 0], d_read)
-        d_weights[...] += d_w
-        if difference:
-            part_first, d_w = tpu_block.read_backward(first[...].astype(cast.dtype), q[0, 0], -d_read)
-            d_first[...] += d_w
-            part += part_first
-        d_q[0, 0] += part.astype(d_q.dtype)
-        parts, d_w = tpu_block.gradient_backward(layout, cast[1], cast[2], k[0, 0], v[0, 0], lr)
-        d_normalised[...] += d_w
-        d_k[0, 0] += parts[0].astype(d_k.dtype)
-        d_v[0, 0] += parts[1].astype(d_v.dtype)
-        d_rates[0, 0, 0] += tpu_block.own_rates(layout, parts[2], word, rates[0, 0, 0])
-
-    @pl.when(has(visits.ENTERS))
-    def _():
-        _, pullback = jax.vjp(tpu_block.normalise, current[...], first[...])
-        d_w, d_w0 = pullback(tpu_block.diagonal(layout, d_normalised[...]))
-        d_weights[...] += d_w
-        d_first[...] += d_w0
-        d_normalised[...] = jnp.zeros_like(d_normalised)
-
-    @pl.when(has(visits.FRESH))
-    def _():
-        d_first[...] += d_weights[...]
-        for ref in (d_weights, d_velocity, d_pending):
-            ref[...] = jnp.zeros_like(ref)
-        cast[2] = jnp.zeros(cast.shape[1:], cast.dtype)
-
-    @pl.when(step == pl.num_programs(2) - 1)
-    def _():
-        ends = (d_weights_out, d_velocity_out, d_pending_out, d_init_out)
-        for ref, scratch in zip(ends, (d_weights, d_velocity, d_pending, d_first), strict=True):
-            tpu_block.unpack(layout, ref, scratch[...])
-
-
-def _has(word, bit):
-    return (word & bit) != 0
-
-
-# How the kernels are called.
-
-
 def _call_forward(layout, difference, save, work, arrays):
     token, rate, lane, fast, slot = _specs(layout, lambda step, total: step)
     batch, saved = arrays[0].shape[0], 2 if save else 0
     shapes = [jax.ShapeDtypeStruct(arrays[0].shape, arrays[0].dtype)]
     shapes += [_fast_shape(layout, batch, layout.slots)] * saved + [_fast_shape(layout, batch, 1)] * 3
     return _call(
-        functools.partial(_forward_kernel, layout, difference, save),
+        functools.partial(tpu_kernels.forward, layout, difference, save),
         "ttt_memory_forward",
         layout,
         work,
@@ -323,7 +163,7 @@ def _call_backward(layout, difference, work, arrays):
     shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (*arrays[:3], *arrays[4:6])]
     shapes += [_fast_shape(layout, arrays[0].shape[0], 1)] * 4
     return _call(
-        functools.partial(_backward_kernel, layout, difference),
+        functools.partial(tpu_kernels.backward, layout, difference),
         "ttt_memory_backward",
         layout,
         work,

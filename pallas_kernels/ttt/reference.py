@@ -1,7 +1,17 @@
 """The memory token by token, as the equations read; for tests and small sizes.
 
 Axes: B batch, L tokens, N memory heads, D head dim, H hidden.
-Source: AllMem (arXiv 2602.13680), with the gradient of the inner loss written out.
+Source: AllMem (arXiv 2602.13680), with the gradient of the inner loss written out. Of one token k, with
+g = gate k, u = up k, s = sigmoid(g), a = SiLU(g) = g s and its slope s + a (1 - s):
+
+    read            f(W, k) = down (a u) + k
+    its gradient    for a cotangent o:  h = down^T o,  d_g = h u slope,  d_u = h a,  d_k = o + gate^T d_g + up^T d_u,
+                    and of gate, up and down  d_g k^T,  d_u k^T,  o (a u)^T
+    write           the gradient G of -lr <f(W, k), v>, which is that with o = -v, times a rate each: with b = -down^T v
+                    lr_1 (b u slope) k^T,  lr_2 (b a) k^T,  lr_3 v (-a u)^T
+    its gradient    for a cotangent C of G:  <C, G> = lr_1 (b u slope) x_gate + lr_2 (b a) x_up + lr_3 (-a u) x_down,
+                    with x_gate = C_gate k, x_up = C_up k, x_down = C_down^T v, differentiated in lr, k, v, g, u and b;
+                    the slope's slope is s (1 - s) (2 + g (1 - 2 s))
 """
 
 import jax

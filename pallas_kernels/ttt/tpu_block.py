@@ -3,7 +3,9 @@
 Axes: T tokens, P heads of a pack, D head dim, H hidden, C = P D and F = P H columns of the pack, R rows of `rates`.
 
 Weights are [3, C, F], gate, up and down, each as [D, H] in the diagonal blocks; w is them in the dtype of the tokens.
-Source of the gradients: `reference.loss_gradient`, differentiated by hand.
+The equations of the gradients are those of `reference`. Operands of products are rounded to the dtype of the tokens,
+what lies between them is float32. In the blocks off the diagonal products leave numbers that mean nothing: as long as
+all of w's are zero there, no token sees them, so they are zeroed where products would take them (`diagonal`).
 """
 
 import jax
@@ -17,16 +19,14 @@ EPSILON = 1e-12  # added to squared row norms
 
 def read(w, q):
     """Returns f(W, q) [T, C], float32."""
-    gate, up = dots.tiles("tc,cf->tf", q, w[0]), dots.tiles("tc,cf->tf", q, w[1])
-    hidden = jax.nn.silu(gate) * up
+    _, up, _, silu = _hidden(w, q)
+    hidden = silu * up
     return dots.tiles("tf,cf->tc", hidden.astype(q.dtype), w[2]) + q
 
 
 def read_backward(w, q, d_out):
     """Returns the cotangents of q and of w [3, C, F], float32."""
-    gate, up = dots.tiles("tc,cf->tf", q, w[0]), dots.tiles("tc,cf->tf", q, w[1])
-    sigmoid = jax.nn.sigmoid(gate)
-    silu = gate * sigmoid
+    _, up, sigmoid, silu = _hidden(w, q)
     d_hidden = dots.tiles("tc,cf->tf", d_out, w[2])
     d_gate = (d_hidden * up * (sigmoid + silu * (1 - sigmoid))).astype(q.dtype)
     d_up = (d_hidden * silu).astype(q.dtype)
@@ -37,10 +37,11 @@ def read_backward(w, q, d_out):
 
 
 def gradient(layout, w, k, v, lr):
-    """Returns the gradient [3, C, F] of sum_t -lr_t <f(W, k_t), v_t>; lr [T, 3 C] has a rate for each weight."""
-    gate, up = dots.tiles("tc,cf->tf", k, w[0]), dots.tiles("tc,cf->tf", k, w[1])
-    sigmoid = jax.nn.sigmoid(gate)
-    silu = gate * sigmoid
+    """Returns the gradient [3, C, F] of sum_t -lr_t <f(W, k_t), v_t>; lr [T, 3 C] has a rate for each weight.
+
+    Rates multiply the tokens and not the hidden units, which are twice as wide or more.
+    """
+    _, up, sigmoid, silu = _hidden(w, k)
     d_hidden = -dots.tiles("tc,cf->tf", v, w[2])
     d_gate = d_hidden * up * (sigmoid + silu * (1 - sigmoid))
     d_up = d_hidden * silu
@@ -52,20 +53,21 @@ def gradient(layout, w, k, v, lr):
 def gradient_backward(layout, w, d_g, k, v, lr):
     """Returns the cotangents of k, v and rates [R, T], and of w [3, C, F], from that of the gradient, d_g [3, C, F]."""
     dtype = k.dtype
-    gate, up = dots.tiles("tc,cf->tf", k, w[0]), dots.tiles("tc,cf->tf", k, w[1])
-    sigmoid = jax.nn.sigmoid(gate)
-    silu = gate * sigmoid
+    gate, up, sigmoid, silu = _hidden(w, k)
     slope = sigmoid + silu * (1 - sigmoid)
     curve = sigmoid * (1 - sigmoid) * (2 + gate * (1 - 2 * sigmoid))  # derivative of the slope
     d_hidden = -dots.tiles("tc,cf->tf", v, w[2])
-    parts = tuple(x.astype(dtype) for x in (d_hidden * up * slope, d_hidden * silu, -silu * up))
+    parts = tuple(x.astype(dtype) for x in (d_hidden * up * slope, d_hidden * silu, -silu * up))  # terms of G
 
+    # Through g, u and b, from C times the tokens, on which the rates are already, as they were in `gradient`.
     x_gate, x_up, x_down = (dots.tiles("tc,cf->tf", x, d_g[i]) for i, x in enumerate(_scaled(layout, k, v, lr)))
     dd_hidden = x_gate * up * slope + x_up * silu
     d_up = (x_gate * d_hidden * slope - x_down * silu).astype(dtype)
     d_gate = (x_gate * d_hidden * up * curve + (x_up * d_hidden - x_down * up) * slope).astype(dtype)
     dd_hidden = (-dd_hidden).astype(dtype)
 
+    # What stands beside each token in <C, G> is its cotangent but for the rate, and times the token that of the rate,
+    # summed over the columns of each head by a product.
     y = [dots.tiles("tf,cf->tc", part, d_g[i]) for i, part in enumerate(parts)]
     rate = _thirds(layout, lr)
     d_k = rate[0] * y[0] + rate[1] * y[1] + dots.tiles("tf,cf->tc", d_gate, w[0]) + dots.tiles("tf,cf->tc", d_up, w[1])
@@ -74,6 +76,13 @@ def gradient_backward(layout, w, d_g, k, v, lr):
     d_rates = dots.tiles("rc,tc->rt", columns_of_rates(layout, dtype), products)
     d_w = (dots.tiles("tc,tf->cf", x, z) for x, z in ((k, d_gate), (k, d_up), (v, dd_hidden)))
     return (d_k, d_v, d_rates), jnp.stack(tuple(d_w))
+
+
+def _hidden(w, x):
+    """Returns gate, up, sigmoid(gate) and SiLU(gate) [T, F] of tokens x. Recomputed by all: they would fill VMEM."""
+    gate, up = dots.tiles("tc,cf->tf", x, w[0]), dots.tiles("tc,cf->tf", x, w[1])
+    sigmoid = jax.nn.sigmoid(gate)
+    return gate, up, sigmoid, gate * sigmoid
 
 
 def _scaled(layout, k, v, lr):

@@ -50,7 +50,7 @@ def render(name: str, chat: formats.Chat, tokenizer: Any) -> tuple[str, list[Ans
     flags = [turn.pop("train", True) for turn in turns]
     learned = [flag for flag, turn in zip(flags, turns, strict=True) if turn["role"] == "assistant"]
     draw = functools.partial(_draw, name, tokenizer, chat.tools)
-    text, stops = draw(turns, False), _stops(tokenizer)
+    text, stops = draw(turns, False), _stops(tokenizer, template)
     spans = _marked(name, turns, chat.tools, tokenizer, draw, text) if _GENERATION.search(template) else []
     if not spans:
         starts = [_start(name, draw, turns, index, text) for index in _said(turns)]
@@ -101,13 +101,14 @@ def _refused(name: str, error: Exception) -> ValueError:
     return ValueError(f"{name}: the tokenizer's chat template does not take this conversation: {error}")
 
 
-def _stops(tokenizer: Any) -> list[str]:
-    """The texts of the tokens that end a turn."""
+@functools.lru_cache(maxsize=1)  # all records of a run have one tokenizer, and its template is rendered for this
+def _stops(tokenizer: Any, template: str) -> tuple[str, ...]:
+    """The texts of the tokens that end a turn in a template of the tokenizer's."""
     if not hasattr(tokenizer, "get_added_vocab"):
-        return []
+        return ()
     from allmem_jax.decoding import chat as text_lib  # here, as processes that make tokens of texts alone need no jax
 
-    return list(tokenizer.convert_ids_to_tokens(text_lib.stop_tokens(tokenizer)))
+    return tuple(tokenizer.convert_ids_to_tokens(text_lib.stop_tokens(tokenizer)))
 
 
 def _trimmed(span: Span, text: str, stops: Sequence[str]) -> Span:

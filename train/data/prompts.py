@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import tqdm
 
 from allmem_jax.storage import stores
-from train.data import documents, formats, records
+from train.data import encode, formats, records
 
 
 class Prompt(NamedTuple):
@@ -28,14 +28,14 @@ class Prompt(NamedTuple):
 def read(path: str, tokenizer: Any, longest: int) -> list[Prompt]:
     """Every prompt of a file; see `formats.prompt`.
 
-    Their tokens are those that training on the answers will see: `documents` makes both.
+    Their tokens are those that training on the answers will see: `encode` makes both.
 
     Raises:
       ValueError: the first record that is no prompt, or has more than `longest` tokens.
     """
     prompts: list[Prompt] = []
     for where, chat in tqdm.tqdm(_conversations(path), desc="reading prompts", delay=2, leave=False, disable=None):
-        tokens = documents.prompt_tokens(where, chat, tokenizer)
+        tokens = encode.prompt_tokens(where, chat, tokenizer)
         if len(tokens) > longest:
             raise ValueError(
                 f"{where} has {len(tokens)} tokens and max_prompt={longest}: raise it, or take the record out"

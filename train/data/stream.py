@@ -19,9 +19,9 @@ import grain
 import numpy as np
 
 from train.data import documents as documents_lib
-from train.data import packing
+from train.data import encode, packing
 
-Document = documents_lib.Document
+Document = encode.Document
 Documents = documents_lib.Documents
 check_tokenizer = documents_lib.check_tokenizer
 load_documents = documents_lib.load_documents
@@ -163,7 +163,7 @@ class Mixture:
         self,
         parts: Sequence[Part],
         length: int,
-        tokenizer: documents_lib.Tokenizer,
+        tokenizer: encode.Tokenizer,
         cache: str | os.PathLike[str],
         *,
         align: int | None = None,
