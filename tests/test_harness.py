@@ -183,14 +183,14 @@ def test_scores_depend_neither_on_the_batch_nor_on_the_bucket(converted, remembe
     """A short request beside a long one, in its bucket, against each by itself; one program for each size."""
     asked = requests("loglikelihood", (SENTENCES[0], " shall be"), (SENTENCES[1][:40], " of the License"))
     one = harness.AllMemHarness(str(converted), batch_size=1)
-    harness.score.clear_cache()
+    harness.scoring.score.clear_cache()
     together = remembering.loglikelihood(asked)
-    assert harness.score._cache_size() == 1
+    assert harness.scoring.score._cache_size() == 1
     same_scores(together, one.loglikelihood(asked))
-    assert harness.score._cache_size() == 3
+    assert harness.scoring.score._cache_size() == 3
     again = remembering.loglikelihood([*asked[::-1], asked[0], asked[0]])
     same_scores(again, [*together[::-1], together[0], together[0]])
-    assert harness.score._cache_size() == 3
+    assert harness.scoring.score._cache_size() == 3
 
 
 def test_what_is_generated_is_greedy(remembering):

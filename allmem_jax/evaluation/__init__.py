@@ -4,7 +4,7 @@ divergence          KL and cross-entropy by position, against the original; `div
 recall              generated answers to what was said beyond the window; `recall_report` sums them up
 questions           what is asked; `haystacks` hides it in real texts
 longbench           LongBench, InfiniteBench and LV-Eval; `longbench_data` and `longbench_metrics` are theirs
-harness             the model in lm-evaluation-harness; `harness_arguments` are the options of its own model
+harness             the model in lm-evaluation-harness; `harness_arguments` are its options, `scoring` its likelihoods
 cost                parameters, bytes of state and operations, by formula
 latency             time a token, measured
 full_report         all of these on one page

@@ -8,7 +8,6 @@ Requests are encoded, truncated and answered as lm_eval's Hugging Face model doe
     B rows of a batch, always as many    L tokens of a row, padded to a power of two    d model
 """
 
-import functools
 import inspect
 import logging
 import pathlib
@@ -17,7 +16,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import jinja2
 import numpy as np
 import tqdm
@@ -26,9 +24,8 @@ from allmem_jax.checkpoints import layout
 from allmem_jax.checkpoints import load as load_lib
 from allmem_jax.checkpoints import tokenizer as tokenizer_lib
 from allmem_jax.decoding import chat, generation
-from allmem_jax.evaluation import harness_arguments
+from allmem_jax.evaluation import harness_arguments, scoring
 from allmem_jax.model import config as config_lib
-from allmem_jax.model import functional, lm
 
 try:
     import lm_eval.__main__
@@ -47,36 +44,6 @@ except ImportError as error:
 MAX_LENGTH = 131072  # of a model whose state does not grow; it has no limit of its own
 SHORTEST = 32  # tokens of the smallest bucket
 logger = logging.getLogger(__name__)
-
-
-@functools.partial(jax.jit, static_argnames="config")
-def score(
-    params: lm.Params, config: config_lib.ModelConfig, tokens: jax.Array, targets: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """Log-probability float32 [B, L] of each target, and whether it is the likeliest token bool [B, L].
-
-    Logits exist for about 512 positions of the batch at a time.
-
-    Args:
-      params: of the model.
-      config: its mixer says how the rows are read.
-      tokens: int32 [B, L], L a power of two.
-      targets: int32 [B, L], the token after each position.
-    """
-    hidden: Any = lm.AllMemLM(config).apply({"params": params}, tokens, return_hidden=True)  # [B, L, d]
-    head = lm.head_kernel(params, config)
-    batch, length = tokens.shape
-    size = min(length, generation.bucket(max(1, 512 // batch), at_least=1))
-
-    def block(part: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        states, wanted = part  # [B, size, d], [B, size]
-        logits = functional.logits(states, head)
-        chosen = jnp.take_along_axis(logits, wanted[..., None], axis=-1)[..., 0]
-        return chosen - jax.nn.logsumexp(logits, axis=-1), jnp.argmax(logits, axis=-1) == wanted
-
-    parts = [jnp.moveaxis(x.reshape(batch, -1, size, *x.shape[2:]), 1, 0) for x in (hidden, targets)]
-    log_probs, likeliest = (jnp.moveaxis(x, 0, 1).reshape(batch, length) for x in jax.lax.map(block, tuple(parts)))
-    return log_probs, likeliest
 
 
 @register_model("allmem")
@@ -291,7 +258,7 @@ class AllMemHarness(TemplateLM):
         tokens, targets = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
         for index, row in enumerate(rows):
             tokens[index, : len(row) - 1], targets[index, : len(row) - 1] = row[:-1], row[1:]
-        log_probs, likeliest = map(np.asarray, score(self.params, self.config, tokens, targets))
+        log_probs, likeliest = map(np.asarray, scoring.score(self.params, self.config, tokens, targets))
         return [(log_probs[i, : len(row) - 1], likeliest[i, : len(row) - 1]) for i, row in enumerate(rows)]
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:

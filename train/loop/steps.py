@@ -377,29 +377,3 @@ def train_step(
         metrics["alpha_rms"] = jnp.sqrt(jnp.mean(squares))
         metrics |= {name: jnp.sqrt(mean) for name, mean in by_quarters("alpha_rms", squares).items()}
     return after, metrics
-
-
-def evaluate(
-    trained: lm.Params,
-    frozen: lm.Params,
-    batch: Batch,
-    teacher: jax.Array | None,
-    *,
-    config: config_lib.ModelConfig,
-    loss: Loss,
-) -> Metrics:
-    """(sum, count) float32 [2] of each metric over the positions of a batch that may have a loss, none drawn out.
-
-    Window and sinks are the config's own. Added up over batches, they give the mean over all positions.
-    """
-    loss = dataclasses.replace(loss, positions=1.0)
-    window, sinks = jnp.int32(config.window), jnp.int32(config.sinks)
-    drawn = draw_positions(jax.random.key(0), loss, batch, window, sinks)
-    counts = count_positions(drawn)
-    ones = dict.fromkeys(counts, jnp.float32(1))
-    _, (sums, _) = batch_loss(trained, frozen, config, loss, batch, teacher, window, sinks, drawn, ones)
-    del sums["loss"]  # a mean, with weights
-    return {
-        name: jnp.stack([total, counts.get(name.split("_")[-1], counts["all"]).astype(jnp.float32)])
-        for name, total in sums.items()
-    }
