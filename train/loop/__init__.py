@@ -3,6 +3,7 @@
 models        the model that it starts from, and the files that it leaves
 batches       rows of texts, on their way to the devices
 steps         one step as pure functions
+gauges        what the memory tells of itself
 optimizer     AdamW and its schedule
 compiled      a recipe's jitted functions
 evaluation    held-out texts
@@ -20,6 +21,7 @@ __all__ = [
     "distributed",
     "evaluation",
     "flops",
+    "gauges",
     "metrics",
     "models",
     "optimizer",

@@ -16,6 +16,7 @@ import optax
 
 from allmem_jax.model import config as config_lib
 from allmem_jax.model import functional, lm, losses, sharding
+from train.loop import gauges
 
 Metrics = dict[str, jax.Array]
 
@@ -291,40 +292,17 @@ def gradient(
 
     if microbatches == 1:
         (value, (sums, memory)), grads = part(batch, teacher, drawn)
-        return value, grads, sums | _memory_metrics(memory)
+        return value, grads, sums | gauges.memory(memory)
 
     def body(done: Any, xs: Any) -> Any:
         (value, (sums, memory)), grads = part(*xs)
-        return jax.tree.map(jnp.add, done, (value, grads, sums)), _memory_metrics(memory)
+        return jax.tree.map(jnp.add, done, (value, grads, sums)), gauges.memory(memory)
 
     xs = _split((batch, teacher, drawn), microbatches)
     (_, (sums, _)), _ = jax.eval_shape(part, *jax.tree.map(lambda x: x[0], xs))
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (sums["loss"], trained, sums))
     (value, grads, sums), reported = jax.lax.scan(body, zeros, xs)
     return value, grads, sums | {name: jnp.mean(each) for name, each in reported.items()}
-
-
-def _memory_metrics(collected: dict[str, Any]) -> Metrics:
-    """What the memory's layers report, each [Y]: means of its rates, the largest of the sizes of its state.
-
-    Rates also come by quarters of the layers, "memory_lr/q1" the lowest, where there are four layers or more.
-    """
-    metrics: Metrics = {}
-    for name, (value,) in collected.items():
-        largest = name in ("weights", "velocity", "state")
-        metrics[f"memory_{name}"] = jnp.max(value) if largest else jnp.mean(value)
-        if not largest:
-            metrics |= by_quarters(f"memory_{name}", value)
-    return metrics
-
-
-def by_quarters(name: str, value: jax.Array) -> Metrics:
-    """Means of `value` [Y] over quarters of the layers; nothing for fewer than four layers."""
-    layers = value.shape[0]
-    if layers < 4:
-        return {}
-    edges = [layers * quarter // 4 for quarter in range(5)]
-    return {f"{name}/q{i + 1}": jnp.mean(value[edges[i] : edges[i + 1]]) for i in range(4)}
 
 
 def train_step(
@@ -373,7 +351,5 @@ def train_step(
     metrics |= {"grad_norm": grad_norm, "update_norm": update_norm}
     metrics |= {"skipped": after.skipped, "skipped_in_a_row": after.skipped_in_a_row}
     if memory := trained["layers"].get("memory"):
-        squares = jnp.mean(jnp.square(memory["alpha"]), axis=-1)  # [Y]
-        metrics["alpha_rms"] = jnp.sqrt(jnp.mean(squares))
-        metrics |= {name: jnp.sqrt(mean) for name, mean in by_quarters("alpha_rms", squares).items()}
+        metrics |= gauges.alpha(memory["alpha"])
     return after, metrics
