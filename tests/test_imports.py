@@ -24,8 +24,13 @@ def declared(requirements):
 LIBRARY = declared(PROJECT["dependencies"])
 TRAINING = LIBRARY | declared(PROJECT["optional-dependencies"]["train"])
 THIRD_PARTY = {"pallas_kernels": {"jax", "numpy"}, "allmem_jax": LIBRARY, "train": TRAINING, "configs": set()}
+SERVING = declared(PROJECT["optional-dependencies"]["serve"]) | {"pydantic"}  # fastapi's own
 EXTRAS = {  # files that want an extra
     "allmem_jax/evaluation/harness.py": declared(PROJECT["optional-dependencies"]["eval"]),
+    "allmem_jax/cli/serve.py": SERVING,
+    "allmem_jax/serving/answers.py": SERVING,
+    "allmem_jax/serving/api.py": SERVING,
+    "allmem_jax/serving/shapes.py": SERVING,
     "pallas_kernels/tools/bench.py": {"torch"},  # where it is installed, to be measured beside
     "pallas_kernels/swa/decode_triton.py": {"triton"},
     "pallas_kernels/swa/triton_gpu.py": {"triton"},
@@ -61,7 +66,7 @@ def test_imports_point_downward(room):
 # Within a package, too: a room may import itself and what stands before it.
 ORDER = {
     "pallas_kernels": ["triton_call", "backends", "dots", "swa", "ttt", "tools"],
-    "allmem_jax": ["storage", "model", "checkpoints", "decoding", "reporting", "evaluation", "cli"],
+    "allmem_jax": ["storage", "model", "checkpoints", "decoding", "reporting", "evaluation", "serving", "cli"],
     "train": ["errors", "fetch", "data", "recipe", "loop", "finetune", "experiments"],
 }
 

@@ -1,6 +1,7 @@
 """The `allmem` command, a file a command: help is quick, as what a command needs is imported when it runs.
 
 convert    adds a memory to a model; generate and chat use one
+read, ask  a text read once, and questions about it; serve does all of this over HTTP
 evaluate, recall, longbench, report   measure a converted model
 info, cost   what models cost, without their weights
 lm_eval    the command of lm-evaluation-harness
@@ -16,6 +17,7 @@ from collections.abc import Sequence
 import tyro
 
 from allmem_jax.cli import terminal
+from allmem_jax.cli.ask import ask
 from allmem_jax.cli.chat import chat
 from allmem_jax.cli.convert import convert
 from allmem_jax.cli.cost import cost
@@ -24,8 +26,10 @@ from allmem_jax.cli.generate import generate
 from allmem_jax.cli.info import info
 from allmem_jax.cli.lm_eval import lm_eval
 from allmem_jax.cli.longbench import longbench
+from allmem_jax.cli.read import read
 from allmem_jax.cli.recall import recall
 from allmem_jax.cli.report import report
+from allmem_jax.cli.serve import serve
 
 __all__ = ["main"]
 
@@ -38,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # an ASCII terminal gets all that it can show
     app = tyro.extras.SubcommandApp()
-    for command in (convert, generate, chat, evaluate, recall, report, info, cost, longbench):
+    for command in (convert, generate, chat, read, ask, serve, evaluate, recall, report, info, cost, longbench):
         app.command(command)
     with warnings.catch_warnings():
         warnings.showwarning = lambda message, *_: terminal.say(f"warning: {message}")

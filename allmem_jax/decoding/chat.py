@@ -12,7 +12,8 @@ from allmem_jax.checkpoints import ends
 from allmem_jax.checkpoints import tokenizer as tokenizer_lib
 from allmem_jax.decoding import generation
 from allmem_jax.model import config as config_lib
-from allmem_jax.model import lm, state
+from allmem_jax.model import lm
+from allmem_jax.model import state as state_lib
 
 Tokenizer = transformers.PreTrainedTokenizerBase
 Messages = Sequence[dict[str, str]]
@@ -57,32 +58,44 @@ def render(
     raise ValueError(f"the chat template fails on these messages ({reason}){hint}")
 
 
-def decode_stream(tokenizer: Tokenizer, ids: Iterable[int], before: Sequence[int] = ()) -> Iterator[str]:
+class Decoder:
     """The text of tokens as they come; together exactly what decoding `before` and all of them adds to `before`.
 
     A character that is spread over several tokens comes when it is complete, and a run of sentencepiece's bytes with
     the token after it, which decides whether the run is text at all.
-
-    Args:
-      tokenizer: of the tokens; special tokens are skipped.
-      ids: the tokens.
-      before: tokens that precede them. Tokenizers drop a leading space at the start of a text, not in its middle.
     """
-    skipped = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
-    context, run = [token for token in before if token not in skipped], list[int]()
-    known = _settled(_decode(tokenizer, context))
-    for token in ids:
-        if token in skipped:
-            continue
-        run.append(token)
-        if _BYTE.fullmatch(str(tokenizer.convert_ids_to_tokens(token))):
-            continue
-        if piece := _settled(_decode(tokenizer, context + run))[len(known) :]:
-            yield piece
-        context, run = (context + run)[-8:], []  # enough for a character of four tokens to begin in
-        known = _settled(_decode(tokenizer, context))
-    if rest := _decode(tokenizer, context + run)[len(known) :]:
-        yield rest
+
+    def __init__(self, tokenizer: Tokenizer, before: Sequence[int] = ()):
+        """`before`: tokens that precede. Tokenizers drop a leading space at the start of a text, not in its middle."""
+        self._tokenizer = tokenizer
+        self._skipped = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
+        self._context = [token for token in before if token not in self._skipped]
+        self._run = list[int]()
+        self._known = _settled(_decode(tokenizer, self._context))
+
+    def push(self, token: int) -> str:
+        """The text that is complete with this token; special tokens have none."""
+        if token in self._skipped:
+            return ""
+        self._run.append(token)
+        if _BYTE.fullmatch(str(self._tokenizer.convert_ids_to_tokens(token))):
+            return ""
+        piece = _settled(_decode(self._tokenizer, self._context + self._run))[len(self._known) :]
+        # Enough for a character of four tokens to begin in.
+        self._context, self._run = (self._context + self._run)[-8:], []
+        self._known = _settled(_decode(self._tokenizer, self._context))
+        return piece
+
+    def finish(self) -> str:
+        """What is left when no token follows."""
+        return _decode(self._tokenizer, self._context + self._run)[len(self._known) :]
+
+
+def decode_stream(tokenizer: Tokenizer, ids: Iterable[int], before: Sequence[int] = ()) -> Iterator[str]:
+    """The pieces of a `Decoder` that are not empty."""
+    decoder = Decoder(tokenizer, before)
+    yield from filter(None, map(decoder.push, ids))
+    yield from filter(None, [decoder.finish()])
 
 
 def _decode(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
@@ -94,27 +107,43 @@ def _settled(text: str) -> str:
     return text.removesuffix("\ufffd")
 
 
-def until(pieces: Iterable[str], stops: Sequence[str]) -> Iterator[str]:
-    """The text of `pieces` up to the first of `stops` that completes; what may be the beginning of one is held back.
+class Stopper:
+    """Text up to the first of `stops` that completes; what may be the beginning of one is held back.
 
-    However the text is cut into pieces, the result is the same text. After a stop no more pieces are asked for.
+    However the text is cut into pieces, the result is the same text.
     """
-    if "" in stops:
-        raise ValueError("a stop string is empty: give the text to stop at")
-    held = ""
-    for piece in pieces:
-        held += piece
-        found = [(place + len(stop), place) for stop in stops if (place := held.find(stop)) >= 0]
+
+    def __init__(self, stops: Sequence[str]):
+        """`stops`: texts, none empty."""
+        if "" in stops:
+            raise ValueError("a stop string is empty: give the text to stop at")
+        self._stops, self._held, self.stopped = stops, "", False
+
+    def push(self, piece: str) -> str:
+        """What of the text so far can be shown and was not; nothing comes after `stopped`."""
+        held = self._held + piece
+        found = [(place + len(stop), place) for stop in self._stops if (place := held.find(stop)) >= 0]
         if found:
-            if held := held[: min(found)[1]]:
-                yield held
-            return
-        begun = max((n for stop in stops for n in range(1, len(stop)) if held.endswith(stop[:n])), default=0)
-        shown, held = held[: len(held) - begun], held[len(held) - begun :]
-        if shown:
+            self.stopped, self._held = True, ""
+            return held[: min(found)[1]]
+        begun = max((n for stop in self._stops for n in range(1, len(stop)) if held.endswith(stop[:n])), default=0)
+        shown, self._held = held[: len(held) - begun], held[len(held) - begun :]
+        return shown
+
+    def finish(self) -> str:
+        """What was held back when no text follows."""
+        return self._held
+
+
+def until(pieces: Iterable[str], stops: Sequence[str]) -> Iterator[str]:
+    """The pieces of a `Stopper` that are not empty. After a stop no more pieces are asked for."""
+    stopper = Stopper(stops)
+    for piece in pieces:
+        if shown := stopper.push(piece):
             yield shown
-    if held:
-        yield held
+        if stopper.stopped:
+            return
+    yield from filter(None, [stopper.finish()])
 
 
 def complete(
@@ -127,6 +156,7 @@ def complete(
     sampling: generation.Sampling = generation.GREEDY,
     seed: int = 0,
     stop: Sequence[str] = (),
+    state: state_lib.DecodeState | None = None,
     progress: Callable[[int], Any] | None = None,
 ) -> Iterator[str]:
     """Reads a prompt and yields the text that continues it piece by piece, until a stop or `max_tokens`.
@@ -140,6 +170,7 @@ def complete(
       sampling: greedy by default.
       seed: of the draws.
       stop: texts to stop at, which are not yielded.
+      state: what was read before the prompt, one row; it is left as it is.
       progress: called with the number of prompt tokens just read.
     """
     if not prompt:
@@ -147,13 +178,17 @@ def complete(
     if max_tokens < 1:
         raise ValueError(f"max_tokens={max_tokens} must be at least 1")
     sampling.check()
-    ids = tokenizer_lib.encode_prompt(tokenizer, prompt)
-    generation.warn_beyond(config, len(ids), max_tokens)
-    config, start = generation.with_room(config, None, 1, len(ids) + max_tokens)
-    logits, start = generation.prefill(params, config, [ids], state=start, progress=progress)
+    if state is None:
+        ids = tokenizer_lib.encode_prompt(tokenizer, prompt)
+    else:
+        ids = list(tokenizer.encode(prompt, add_special_tokens=False))
+    past = 0 if state is None else int(state.position[0])
+    generation.warn_beyond(config, past + len(ids), max_tokens)
+    config, state = generation.with_room(config, state, 1, len(ids) + max_tokens)
+    logits, state = generation.prefill(params, config, [ids], state=state, progress=progress)
     stops = stop_tokens(tokenizer, config)
     steps = generation.stream(
-        params, config, logits, start, max_tokens=max_tokens, sampling=sampling, stop_tokens=stops, seed=seed
+        params, config, logits, state, max_tokens=max_tokens, sampling=sampling, stop_tokens=stops, seed=seed
     )
     drawn = (int(tokens[0]) for tokens, *_ in steps)
     return until(decode_stream(tokenizer, (token for token in drawn if token not in stops), before=ids), stop)
@@ -187,9 +222,9 @@ class Conversation:
     stop: Sequence[str] = ()
     thinking: bool | None = None
     _tokens: list[int] = dataclasses.field(default_factory=list)  # what the state has read
-    _state: state.DecodeState | None = None
+    _state: state_lib.DecodeState | None = None
     _replying: weakref.ref[Generator[str, None, None]] | None = None
-    _earlier: tuple[int, state.DecodeState | None] = (0, None)  # the state after the first so many of them
+    _earlier: tuple[int, state_lib.DecodeState | None] = (0, None)  # the state after the first so many of them
 
     def __post_init__(self):
         self._encode([*self.messages, _message("user", "x")])  # raises where no reply could be made
@@ -216,7 +251,7 @@ class Conversation:
         prompt, stops = self._encode(messages), stop_tokens(self.tokenizer, self.config)
         self._check_length(len(prompt))
         at, after = self._resume(prompt)
-        earlier: list[tuple[int, state.DecodeState]] = []
+        earlier: list[tuple[int, state_lib.DecodeState]] = []
         for end in (self._lasting(messages, prompt), len(prompt)):
             if at < end:
                 logits, after = generation.prefill(self.params, self.config, [prompt[at:end]], state=after)
@@ -267,7 +302,7 @@ class Conversation:
         if len(self._tokens) <= self.config.max_length:  # once
             generation.warn_beyond(self.config, prompt, self.max_tokens)
 
-    def _resume(self, prompt: list[int]) -> tuple[int, state.DecodeState]:
+    def _resume(self, prompt: list[int]) -> tuple[int, state_lib.DecodeState]:
         """The longest beginning of `prompt` that was read already, and the state after it."""
         for count, after in ((len(self._tokens), self._state), self._earlier):
             if after is not None and count < len(prompt) and self._tokens[:count] == prompt[:count]:
