@@ -1,4 +1,4 @@
-"""What README.md shows is run as it is written: its Python, its commands, and the files and targets that it names.
+"""What README.md and docs/ show is run as it is written: Python, commands, and the files and targets that they name.
 
 MODEL and other words in capitals are replaced by tiny ones. Commands that only need a model are run, the others are
 parsed by their own parser.
@@ -6,6 +6,7 @@ parsed by their own parser.
 
 import argparse
 import functools
+import importlib
 import inspect
 import io
 import json
@@ -26,7 +27,8 @@ from allmem_jax import cli
 from allmem_jax.decoding import generation
 
 ROOT = pathlib.Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text()
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+README = "\n".join(page.read_text() for page in PAGES)
 BLOCKS = re.findall(r"^```python\n(.*?)^```", README, re.M | re.S)
 LINES = re.findall(r"^    ((?:allmem|python|pip|make) .*?)(?:  +#.*)?$", README, re.M)
 INLINE = [" ".join(code.split()) for code in re.findall(r"`((?:allmem|python|make|pytest|[A-Z_]+=\S+) [^`]+)`", README)]
@@ -121,3 +123,23 @@ def test_its_extras_targets_and_tests_are_there():
         assert command.split()[1] in targets, command
     for path in re.findall(r"\b(?:tests|configs|train|allmem_jax|pallas_kernels)/[\w/]+\.py", README):
         assert "RECIPE" in path or (ROOT / path).is_file(), path
+
+
+def test_the_readme_is_short():
+    assert len((ROOT / "README.md").read_text().split()) <= 600
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    for link in re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text()):
+        assert link.startswith("https://") or (page.parent / link).is_file(), link
+
+
+def test_pages_are_in_the_map():
+    """And the interfaces' pages show all public names."""
+    listed = (ROOT / "mkdocs.yml").read_text()
+    for page in (ROOT / "docs").rglob("*.md"):
+        assert page.relative_to(ROOT / "docs").as_posix() in listed
+    for package in ("allmem_jax", "pallas_kernels"):
+        shown = re.findall(rf"^::: {package}\.(\w+)$", (ROOT / "docs" / "api" / f"{package}.md").read_text(), re.M)
+        assert sorted(shown) == sorted(importlib.import_module(package).__all__)
