@@ -6,7 +6,6 @@ is there is reused; what fails is shown as failed, and the rest goes on.
 
 import dataclasses
 import functools
-import importlib.metadata
 import pathlib
 import sys
 from collections.abc import Callable, Sequence
@@ -14,6 +13,7 @@ from typing import Any, NamedTuple
 
 import tqdm
 
+import allmem_jax
 from allmem_jax.checkpoints import layout
 from allmem_jax.checkpoints import load as load_lib
 from allmem_jax.evaluation import (
@@ -125,7 +125,7 @@ def run(settings: Settings, load: Callable[[], tuple[Any, Any, Any]]) -> tuple[p
     finished = [finish(part, settings.out / "sections", common) for part in todo]
     failed = tuple(section.name for section, ok in finished if not ok)
     shown = [*(section for section, _ in finished), *included]
-    machine |= {"allmem-jax": importlib.metadata.version("allmem-jax")}
+    machine |= {"allmem-jax": allmem_jax.__version__}
     whole = (summary(settings, config, machine, shown), *shown)
     return page_lib.write(settings.out, page_lib.Report(f"Report on {settings.model.name}", whole, (), failed)), failed
 

@@ -1,13 +1,13 @@
 """Long work in parts: the result of each is kept under all that it depends on, and found again by that alone."""
 
 import hashlib
-import importlib.metadata
 import json
 import pathlib
 import time
 from collections.abc import Callable
 from typing import Any
 
+import allmem_jax
 from allmem_jax.storage import files
 
 
@@ -18,7 +18,7 @@ def say(message: str) -> None:
 
 def key(depends: Any) -> str:
     """A short name for JSON values and, as results depend on code too, the version of this package."""
-    content = [importlib.metadata.version("allmem-jax"), depends]
+    content = [allmem_jax.__version__, depends]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
 
 
