@@ -11,7 +11,7 @@ import pytest
 
 from allmem_jax.evaluation import questions
 from train import finetune
-from train.data import documents, lessons, stream
+from train.data import documents, encode, lessons, stream
 from train.loop import metrics, steps, tiny
 from train.recipe import FinetuneConfig
 
@@ -97,7 +97,7 @@ def test_rows_too_short_for_a_lesson_are_refused(read):
 
 
 def test_texts_without_words_are_refused():
-    document = documents.Document("numbers", np.full(5000, ord("7"), np.int32), np.ones(5000, bool))
+    document = encode.Document("numbers", np.full(5000, ord("7"), np.int32), np.ones(5000, bool))
     with pytest.raises(ValueError, match="the texts have 0 words and 0 names"):
         make(documents.in_memory([document]))
     with pytest.raises(ValueError, match="no text is longer than seq_length"):

@@ -11,7 +11,7 @@ import tiny_folder
 from test_cli import parsed
 
 from allmem_jax import cli
-from allmem_jax.evaluation import cost, divergence_report, full_report, latency, longbench, recall
+from allmem_jax.evaluation import cost, divergence_report, full_report, latency, longbench, recall_report
 from allmem_jax.reporting import page as page_lib
 from allmem_jax.reporting import sections
 
@@ -109,7 +109,7 @@ def calls(monkeypatch):
         return lambda *args, **kwargs: called.append(name) or function(*args, **kwargs)
 
     monkeypatch.setattr(divergence_report, "measure", counted("distance", divergence_report.measure))
-    for name, module in (("answers", recall), ("cost", cost), ("latency", latency)):
+    for name, module in (("answers", recall_report), ("cost", cost), ("latency", latency)):
         monkeypatch.setattr(module, "section", counted(name, lambda *_, **__: SECTION))
     return called
 
@@ -255,7 +255,7 @@ def test_longbench_is_scored_where_there_are_files(folder, tmp_path, calls, monk
 
 def test_what_does_not_fit_the_window_is_left_out(folder, tmp_path, calls, monkeypatch):
     asked = []
-    monkeypatch.setattr(recall, "section", lambda settings, *_, **__: asked.append(settings) or SECTION)
+    monkeypatch.setattr(recall_report, "section", lambda settings, *_, **__: asked.append(settings) or SECTION)
     skip = [name for name in PARTS if name != "answers"]
     assert run(folder, tmp_path, "--skip", *skip, "--prompt-length", "200", "--samples", "3") == 0
     (settings,) = asked

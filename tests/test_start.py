@@ -12,6 +12,7 @@ import pallas_kernels
 from allmem_jax.checkpoints import start
 from allmem_jax.model import config as config_lib
 from allmem_jax.model import decoder, functional, layers, lm
+from allmem_jax.model import memory as memory_lib
 
 pytestmark = pytest.mark.core
 SAME = config_lib.ModelConfig(
@@ -213,7 +214,7 @@ def test_floors_are_what_half_of_the_reads_find():
     for layer in range(config.n_layers):
         own = jax.tree.map(lambda leaf: leaf[layer], memory)  # noqa: B023 (used at once)
         shared = layers.Shared(rope=(), local_rope=(), window=None, sinks=0)
-        _, found = memory.Memory(config).apply(
+        _, found = memory_lib.Memory(config).apply(
             {"params": own}, inputs[layer][None], None, shared, mutable=["intermediates"], capture_intermediates=True
         )
         (normed,) = found["intermediates"]["out_norm"]["__call__"]  # of size 1 / sqrt(2) where a read is at the floor
