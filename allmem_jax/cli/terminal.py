@@ -33,13 +33,11 @@ def print_stream(pieces: Iterator[str]) -> None:
 
 def print_section(section: Any) -> None:
     """A section of a report: paragraphs, and tables in columns of text."""
+    from allmem_jax.reporting import sections
+
     print(f"{section.title}\n", *section.text, sep="\n")
     for table in section.tables:
-        rows = [table.header, *table.rows]
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        print(f"\n{table.caption}")
-        for first, *rest in rows:
-            print("  ".join([first.ljust(widths[0]), *map(str.rjust, rest, widths[1:])]))
+        print(f"\n{sections.plain(table)}")
     print()
 
 
