@@ -55,6 +55,21 @@ def fails(capsys, *arguments):
     return lines[0]
 
 
+def test_what_was_read_once_is_asked_as_if_read_again(converted, book, tmp_path, capsys):
+    state, halves = tmp_path / "book.state", [tmp_path / "first.txt", tmp_path / "second.txt"]
+    text = book.read_text()
+    for half, part in zip(halves, (text[:500], text[500:]), strict=True):
+        half.write_text(part)
+    assert cli.main(["read", str(converted), str(halves[0]), "--out", str(state)]) == 0
+    assert cli.main(["read", str(converted), str(halves[1]), "--state", str(state), "--out", str(state)]) == 0
+    capsys.readouterr()
+    assert cli.main(["ask", str(converted), str(state), "the ship", "--plain", "--max-tokens", "5"]) == 0
+    config, params, tokenizer = allmem_jax.load_pretrained(converted)
+    tokens = [id for part in (text[:500], text[500:], "the ship") for id in tokenizer.encode(part)]
+    (answer,) = generation.generate(params, config, [tokens], max_tokens=5)
+    assert capsys.readouterr().out == "".join(chat.decode_stream(tokenizer, answer, before=tokens)) + "\n"
+
+
 def test_convert_writes_a_model_with_a_memory(converted, plain):
     config, params, tokenizer = allmem_jax.load_pretrained(converted)
     assert (config.window, config.sinks, config.chunk, config.mixer) == (24, 2, 8, "allmem")

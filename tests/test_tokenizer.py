@@ -64,6 +64,7 @@ def test_no_end_closes_what_is_to_be_continued(source, tmp_path, way):
     assert found("the", "sea").input_ids[-1] != eos
     for text in ("the sea", "" if way == "none" else "<s>the sea"):
         assert tokenizer_lib.encode_prompt(found, text) == first + (bare if text else [])
+    assert tokenizer_lib.encode_prompt(found, "the sea", begins=False) == bare  # it goes on from another
     untouched = transformers.AutoTokenizer.from_pretrained(tmp_path / "in")
     assert tokenizer_lib.encode_prompt(untouched, "the sea") == first + bare
     tokenizer_lib.save_tokenizer(found, tmp_path / "out")  # the export is what the source was

@@ -137,13 +137,14 @@ def save_tokenizer(tokenizer: transformers.PreTrainedTokenizerBase, folder: str 
         _set_processor(source, opened)
 
 
-def encode_prompt(tokenizer: transformers.PreTrainedTokenizerBase, text: str) -> list[int]:
+def encode_prompt(tokenizer: transformers.PreTrainedTokenizerBase, text: str, begins: bool = True) -> list[int]:
     """The ids of a text that is to be continued: what the model's texts begin with, once, and no EOS behind.
 
-    A text that begins with the BOS token in words, as a rendered chat template may, gets no second one.
+    A text that begins with the BOS token in words, as a rendered chat template may, gets no second one; nor does one
+    that does not begin anything (`begins` False), as it goes on from what was read before.
     """
     ids = tokenizer.encode(text, add_special_tokens=False)
-    before = prefix_tokens(tokenizer)
+    before = prefix_tokens(tokenizer) if begins else []
     return ids if ids[: len(before)] == before else before + ids
 
 

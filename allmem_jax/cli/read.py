@@ -36,10 +36,8 @@ def read(
     config, params, tokenizer = options.load_model(model, mixing)
     if config.mixer == "full":
         raise ValueError("full attention has no state of constant size: add --memory, or --mixer swa")
-    if state is None:
-        past, ids = None, tokenizer_lib.encode_prompt(tokenizer, content)
-    else:
-        past, ids = state_lib.load_state(state, config), tokenizer.encode(content, add_special_tokens=False)
+    past = None if state is None else state_lib.load_state(state, config)
+    ids = tokenizer_lib.encode_prompt(tokenizer, content, begins=past is None)
     progress = terminal.progress(len(ids), "reading")
     _, after = generation.prefill(params, config, [ids], state=past, progress=progress)
     state_lib.save_state(out, config, after)

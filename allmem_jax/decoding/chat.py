@@ -178,10 +178,7 @@ def complete(
     if max_tokens < 1:
         raise ValueError(f"max_tokens={max_tokens} must be at least 1")
     sampling.check()
-    if state is None:
-        ids = tokenizer_lib.encode_prompt(tokenizer, prompt)
-    else:
-        ids = list(tokenizer.encode(prompt, add_special_tokens=False))
+    ids = tokenizer_lib.encode_prompt(tokenizer, prompt, begins=state is None)
     past = 0 if state is None else int(state.position[0])
     generation.warn_beyond(config, past + len(ids), max_tokens)
     config, state = generation.with_room(config, state, 1, len(ids) + max_tokens)
