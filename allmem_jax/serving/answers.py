@@ -44,47 +44,59 @@ class Served:
     origins: Sequence[str] = ()
 
 
-class Answer:
-    """One choice as it comes: the events of its job, and the text that they make."""
+class Events:
+    """What the engine's thread says of a job, in the task of its request."""
 
-    def __init__(self, served: Served, prompt: Sequence[int], stops: Sequence[str]):
-        """`prompt` is what the answer follows; `stops` end it."""
+    def __init__(self) -> None:
+        """Belongs to the loop that runs now."""
         self._loop, self._events = asyncio.get_running_loop(), asyncio.Queue[Any]()
-        self._decoder, self._stopper = chat_lib.Decoder(served.tokenizer, prompt), chat_lib.Stopper(stops)
-        self.job: engine_lib.Job | None = None
-        self.cached, self.drawn, self.reason = 0, 0, ""
+        self.finished: engine_lib.Finished | None = None
 
     def deliver(self, event: Any) -> None:
         """Takes an event in the engine's thread."""
         with contextlib.suppress(RuntimeError):  # the loop is closed: no one listens any more
             self._loop.call_soon_threadsafe(self._events.put_nowait, event)
 
+    async def until_finished(self) -> AsyncIterator[Any]:
+        """Yields `Read` and `Token`, then sets `finished`; a job that came to no end is `Refused`."""
+        while not isinstance(event := await self._events.get(), engine_lib.Finished):
+            yield event
+        if event.reason in ("error", "cancelled"):
+            raise shapes.Refused(503, event.error or "the request was cancelled", code=event.reason)
+        self.finished = event
+
+
+class Answer:
+    """One choice as it comes: the events of its job, and the text that they make."""
+
+    def __init__(self, served: Served, prompt: Sequence[int], stops: Sequence[str], max_tokens: int, *draws: Any):
+        """`prompt` is what the answer follows; `stops` end it; `max_tokens` and `draws` are as in `engine.Job`."""
+        self._events = Events()
+        self._decoder, self._stopper = chat_lib.Decoder(served.tokenizer, prompt), chat_lib.Stopper(stops)
+        self.job = engine_lib.Job(prompt, self._events.deliver, max_tokens, *draws)
+        self.cached, self.drawn, self.reason = 0, 0, ""
+
     async def pieces(self) -> AsyncIterator[tuple[str, list[engine_lib.Token]]]:
         """Yields text that can be shown with the tokens since the text before it; sets `reason` at the end."""
         tokens: list[engine_lib.Token] = []
-        while True:
-            event = await self._events.get()
+        async for event in self._events.until_finished():
             if isinstance(event, engine_lib.Read):
                 self.cached = event.cached
                 continue
-            if isinstance(event, engine_lib.Finished):
-                break
             self.drawn += 1
             tokens.append(event)
             if text := self._stopper.push(self._decoder.push(event.id)):
                 yield text, tokens
                 tokens = []
             if self._stopper.stopped:
-                assert self.job is not None
                 self.job.cancel()
                 self.reason = "stop"
                 return
-        if event.reason in ("error", "cancelled"):
-            raise shapes.Refused(503, event.error or "the request was cancelled", code=event.reason)
+        assert self._events.finished is not None
         rest = self._stopper.push(self._decoder.finish())
         if not self._stopper.stopped:
             rest += self._stopper.finish()
-        self.reason = "stop" if self._stopper.stopped else event.reason
+        self.reason = "stop" if self._stopper.stopped else self._events.finished.reason
         if rest or tokens:
             yield rest, tokens
 
@@ -110,17 +122,14 @@ async def answer(
     sampling = generation.Sampling(asked.temperature, asked.top_k, asked.top_p)
     seed = secrets.randbits(31) if asked.seed is None else asked.seed
     stops = chat_lib.stop_tokens(served.tokenizer, served.engine.config)
-    answers, sizes = [], []
-    for prompt in prompts:
-        for choice in range(asked.n):
-            answer = Answer(served, prompt, asked.stops)
-            draws = (sampling, seed + choice, stops, told or 0, start)
-            answer.job = engine_lib.Job(prompt, answer.deliver, most, *draws)
-            answers.append(answer)
-            sizes.append(len(prompt))
-    jobs = [answer.job for answer in answers if answer.job is not None]
+    answers = [
+        Answer(served, prompt, asked.stops, most, sampling, seed + choice, stops, told or 0, start)
+        for prompt in prompts
+        for choice in range(asked.n)
+    ]
+    jobs = [each.job for each in answers]
     submit(served, jobs)
-    made = Made(served, kind, answers, sum(sizes[:: asked.n]), told)
+    made = Made(served, kind, answers, sum(map(len, prompts)), told)
     if asked.stream:
         ends = asked.stream_options is not None and asked.stream_options.include_usage
         return stream(made.events(ends), jobs)
@@ -192,43 +201,29 @@ class Made:
                     merged.put_nowait(piece(index, {"content": text}, tokens, at=at))
                     at += len(text)
                 merged.put_nowait(piece(index, {}, reason=answer.reason))
-                merged.put_nowait(None)
             except shapes.Refused as error:
-                merged.put_nowait(error)
+                merged.put_nowait(error.body)
+            merged.put_nowait(None)  # it has ended
 
         async with asyncio.TaskGroup() as group:
             for index, answer in enumerate(self.answers):
                 group.create_task(follow(index, answer))
             left = len(self.answers)
             while left:
-                made = await merged.get()
-                if isinstance(made, shapes.Refused):
-                    yield made.body
-                left -= made is None or isinstance(made, shapes.Refused)
-                if isinstance(made, dict):
+                if (made := await merged.get()) is None:
+                    left -= 1
+                else:
                     yield made
         if usage:
             yield head | {"choices": [], "usage": self.usage()}
 
 
-class Reading:
-    """The events of a job that reads a text."""
-
-    def __init__(self) -> None:
-        self._loop, self._events = asyncio.get_running_loop(), asyncio.Queue[Any]()
-
-    def deliver(self, event: Any) -> None:
-        """Takes an event in the engine's thread."""
-        with contextlib.suppress(RuntimeError):
-            self._loop.call_soon_threadsafe(self._events.put_nowait, event)
-
-    async def events(self, total: int, keep: Callable[[Any], dict[str, Any]]) -> AsyncIterator[dict[str, Any]]:
-        """Yields how much is read, and at the end the memory that was kept."""
-        while not isinstance(event := await self._events.get(), engine_lib.Finished):
-            yield {"read": event.count, "of": total}
-        if event.state is None:
-            raise shapes.Refused(503, event.error or "the request was cancelled", code=event.reason)
-        yield {"read": total, "of": total, "memory": await asyncio.to_thread(keep, event.state)}
+async def reading(events: Events, total: int, keep: Callable[[Any], dict[str, Any]]) -> AsyncIterator[dict[str, Any]]:
+    """Yields how much of a text of `total` tokens is read, and at the end the memory that was kept."""
+    async for event in events.until_finished():
+        yield {"read": event.count, "of": total}
+    assert events.finished is not None
+    yield {"read": total, "of": total, "memory": await asyncio.to_thread(keep, events.finished.state)}
 
 
 def stream(events: AsyncIterator[dict[str, Any]], jobs: Sequence[engine_lib.Job]) -> fastapi.Response:

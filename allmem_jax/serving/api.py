@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import pathlib
 import secrets
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import fastapi
@@ -87,8 +87,8 @@ def _answers(app: fastapi.FastAPI, served: answers.Served) -> None:
 
     @app.post("/v1/completions")
     async def completions(asked: shapes.Completion, http: fastapi.Request) -> Any:
-        start = _begin(served, asked)
-        prompts = [_encode(served, prompt) for prompt in asked.prompts]
+        start = await _begin(served, asked)
+        prompts = [_encode(served, prompt, start) for prompt in asked.prompts]
         if not prompts:
             raise shapes.Refused(400, "prompt is an empty list: give at least one prompt", "prompt")
         return await answers.answer(
@@ -97,7 +97,7 @@ def _answers(app: fastapi.FastAPI, served: answers.Served) -> None:
 
     @app.post("/v1/chat/completions")
     async def chats(asked: shapes.Chat, http: fastapi.Request) -> Any:
-        start = _begin(served, asked)
+        start = await _begin(served, asked)
         try:
             text = chat_lib.render(served.tokenizer, [message.plain() for message in asked.messages])
         except ValueError as error:
@@ -117,19 +117,19 @@ def _memories(app: fastapi.FastAPI, served: answers.Served) -> None:
 
     @app.delete("/v1/memories/{name}")
     async def deleted(name: str) -> dict[str, Any]:
-        _find(served, name)
-        await asyncio.to_thread(served.memories.remove, name)
+        if not await _of_memory(served.memories.remove, name):
+            raise _absent(name)
         return {"name": name, "deleted": True}
 
     @app.post("/v1/memories")
     async def made(asked: shapes.NewMemory, http: fastapi.Request) -> Any:
-        before = _start(served, asked.memory)
-        encode = tokenizer_lib.encode_prompt if before is None else _plain
-        tokens = await asyncio.to_thread(encode, served.tokenizer, asked.text)
-        answer = answers.Reading()
-        job = engine_lib.Job(tokens, answer.deliver, 0, start=before)
+        before = await _start(served, asked.memory)
+        encode = tokenizer_lib.encode_prompt
+        tokens = await asyncio.to_thread(encode, served.tokenizer, asked.text, begins=before is None)
+        said = answers.Events()
+        job = engine_lib.Job(tokens, said.deliver, 0, start=before)
         answers.submit(served, [job])
-        events = answer.events(len(tokens), lambda state: served.memories.keep(asked.name, state, len(tokens)))
+        events = answers.reading(said, len(tokens), lambda state: served.memories.keep(asked.name, state, len(tokens)))
         if asked.stream:
             return answers.stream(events, [job])
 
@@ -139,42 +139,41 @@ def _memories(app: fastapi.FastAPI, served: answers.Served) -> None:
         return await answers.unless_left(http, whole(), [job])
 
 
-def _begin(served: answers.Served, asked: shapes.Common) -> engine_lib.Start | None:
+async def _begin(served: answers.Served, asked: shapes.Common) -> engine_lib.Start | None:
     """Checks what all requests have, and says what this one goes on from."""
     asked.check()
     _check_model(served, asked.model)
-    return _start(served, asked.memory)
+    return await _start(served, asked.memory)
 
 
-def _encode(served: answers.Served, prompt: str | list[int]) -> list[int]:
-    ids = tokenizer_lib.encode_prompt(served.tokenizer, prompt) if isinstance(prompt, str) else prompt
-    if not ids:
+def _encode(served: answers.Served, prompt: str | list[int], start: engine_lib.Start | None) -> list[int]:
+    if isinstance(prompt, str):
+        prompt = tokenizer_lib.encode_prompt(served.tokenizer, prompt, begins=start is None)
+    if not prompt:
         raise shapes.Refused(400, "prompt is empty: give some text to continue", "prompt")
-    return list(ids)
+    return prompt
 
 
-def _plain(tokenizer: chat_lib.Tokenizer, text: str) -> list[int]:
-    return list(tokenizer.encode(text, add_special_tokens=False))
-
-
-def _start(served: answers.Served, memory: str | None) -> engine_lib.Start | None:
+async def _start(served: answers.Served, memory: str | None) -> engine_lib.Start | None:
     """What a request with this memory goes on from."""
     if memory is None:
         return None
+    start = await _of_memory(served.memories.start, memory)
+    if start is None:
+        raise _absent(memory)
+    return start
+
+
+async def _of_memory(what: Callable[[str], Any], name: str) -> Any:
+    """What a method of the memories says of one, in a thread, as it reads files."""
     try:
-        _find(served, memory)
-        return served.memories.start(memory)
+        return await asyncio.to_thread(what, name)
     except ValueError as error:
         raise shapes.Refused(400, str(error), "memory") from None
 
 
-def _find(served: answers.Served, memory: str) -> None:
-    try:
-        there = served.memories.describe(memory)
-    except ValueError as error:
-        raise shapes.Refused(400, str(error), "memory") from None
-    if there is None:
-        raise shapes.Refused(404, f"there is no memory {memory!r}: POST /v1/memories makes one", "memory")
+def _absent(memory: str) -> shapes.Refused:
+    return shapes.Refused(404, f"there is no memory {memory!r}: POST /v1/memories makes one", "memory")
 
 
 def _check_model(served: answers.Served, name: str) -> None:

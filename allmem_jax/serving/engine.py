@@ -315,8 +315,9 @@ class Engine:
             self.drawn_tokens += 1
             ended = token in job.stop_tokens
             if not ended:
-                top = zip(drawn.top[slot].tolist(), drawn.top_logprobs[slot].tolist(), strict=True)
-                job.deliver(Token(token, float(drawn.logprob[slot]), tuple(top)[: job.told]))
+                top, logprobs = (each[slot, : job.told].tolist() for each in (drawn.top, drawn.top_logprobs))
+                told = tuple(zip(top, logprobs, strict=True))
+                job.deliver(Token(token, float(drawn.logprob[slot]), told))
             if ended or job._count >= job.max_tokens:
                 self._rows[slot] = None
                 job.deliver(Finished("stop" if ended else "length"))

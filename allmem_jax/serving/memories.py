@@ -4,11 +4,13 @@ A memory is one file, NAME.state (`allmem_jax.save_state`), and NAME.json beside
 what it has read. The second is written last, so that a memory is there as a whole or not at all.
 """
 
+import functools
 import hashlib
 import json
 import pathlib
 import re
 import time
+import uuid
 from typing import Any
 
 import jax
@@ -40,12 +42,13 @@ class Memories:
     def __init__(self, folder: pathlib.Path, config: config_lib.ModelConfig, model: str):
         """`folder` is made when the first is kept; `model` is the fingerprint of the model."""
         self.folder, self.config, self.model = folder, config, model
-        self._loaded: dict[str, tuple[str, engine.Start]] = {}
+        self._load = functools.lru_cache(_HELD)(self._read)
 
     def keep(self, name: str, state: state_lib.DecodeState, tokens: int) -> dict[str, Any]:
         """Writes a memory, in the place of one of the same name; returns what `describe` does."""
         about = {
             "name": name,
+            "id": uuid.uuid4().hex,
             "model": self.model,
             "tokens": tokens,
             "position": int(state.position[0]),
@@ -56,7 +59,6 @@ class Memories:
         state_lib.save_state(path, self.config, state)
         about["bytes"] = path.stat().st_size
         files.write(path.with_suffix(".json"), json.dumps(about).encode())
-        self._loaded.pop(name, None)
         return about
 
     def describe(self, name: str) -> dict[str, Any] | None:
@@ -84,22 +86,18 @@ class Memories:
             return None
         if about.get("model") != self.model:
             raise ValueError(f"memory {name!r} was made by another model: read its text again with this one")
-        made = json.dumps(about)
-        if name not in self._loaded or self._loaded[name][0] != made:
-            state = state_lib.load_state(self._path(name), self.config)
-            self._loaded.pop(name, None)
-            while len(self._loaded) >= _HELD:
-                del self._loaded[next(iter(self._loaded))]
-            self._loaded[name] = made, engine.Start(state, hashlib.sha256(made.encode()).digest())
-        return self._loaded[name][1]
+        return self._load(name, str(about.get("id")))
 
     def remove(self, name: str) -> bool:
         """Deletes a memory; False where there is none. Requests that go on from it are not disturbed."""
         there = self.describe(name) is not None
         for suffix in (".json", ".state"):
             self._path(name).with_suffix(suffix).unlink(missing_ok=True)
-        self._loaded.pop(name, None)
         return there
+
+    def _read(self, name: str, which: str) -> engine.Start:
+        """A memory as it was made with the id `which`, which no other has, nor the same name when it is made anew."""
+        return engine.Start(state_lib.load_state(self._path(name), self.config), which.encode())
 
     def _path(self, name: str) -> pathlib.Path:
         if not NAME.fullmatch(name):
