@@ -6,18 +6,19 @@ import pathlib
 import shutil
 import tempfile
 
+from tests import compiling
+
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # before anything imports jax
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports triton
-# Most of a test's time is compilation, and the arrays are tiny: code that LLVM does not optimise is made sooner.
 # What one process of a run has compiled, the others and those that tests start need not compile again.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="allmem-tests-")
     atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
 if os.environ["JAX_PLATFORMS"] == "cpu":
-    os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+    os.environ.setdefault("XLA_FLAGS", compiling.FLAGS)
 
 import fsspec
 import jax

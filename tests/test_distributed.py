@@ -12,6 +12,7 @@ import time
 import numpy as np
 import pytest
 
+from tests import compiling
 from train.loop import distributed, metrics, models
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -32,11 +33,11 @@ finetune.main()
 RECIPE = ["configs/smoke.py", "--steps", "12", "--batch", "8", "--chunk", "8", "--checkpoint-every", "4"]
 
 
-def start(out, devices, *arguments, flags=""):
+def start(out, devices, *arguments):
     env = {
         **os.environ,
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0",
+        "XLA_FLAGS": compiling.on_devices(devices),
         "PYTHONPATH": str(ROOT),
         "JAX_COMPILATION_CACHE_DIR": str(out.parent / "compiled"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",

@@ -6,6 +6,8 @@ import sys
 
 import pytest
 
+from tests import compiling
+
 pytestmark = pytest.mark.slow
 
 PROGRAM = """
@@ -60,8 +62,7 @@ MIXED = [(2, 2, 2, 1), (1, 2, 2, 2), (2, 1, 1, 4)]
 
 
 def on_eight_devices(program):
-    flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
-    env = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
+    env = {**os.environ, "XLA_FLAGS": compiling.on_devices(8), "JAX_PLATFORMS": "cpu"}
     done = subprocess.run([sys.executable, "-c", program], env=env, timeout=600, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "Involuntary full rematerialization" not in done.stderr  # the compiler found a way for every array

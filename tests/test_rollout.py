@@ -19,6 +19,7 @@ from pyarrow import parquet
 from allmem_jax.decoding import chat, generation
 from allmem_jax.model import lm
 from allmem_jax.storage import stores
+from tests import compiling
 from train import finetune, on_policy, rollout
 from train.data import documents
 from train.data import prompts as prompts_lib
@@ -217,8 +218,7 @@ def test_four_devices_give_the_same_answers(answers, folder, tmp_path):
         f"t.rollout.run(t.SETTINGS, student, prompts, pathlib.Path({str(tmp_path / 'answers.jsonl')!r}), seed=3, "
         "share=(0, 1))\nprint(t.generation.decode_step._cache_size(), t.generation.prefill_piece._cache_size())"
     )
-    flags = "--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0"
-    env = {**os.environ, "XLA_FLAGS": flags, "PYTHONPATH": str(ROOT)}
+    env = {**os.environ, "XLA_FLAGS": compiling.on_devices(4), "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
         [sys.executable, "-c", program], cwd=ROOT, env=env, check=True, stdout=subprocess.PIPE, text=True, timeout=300
     )

@@ -11,6 +11,7 @@ from jax.sharding import AbstractMesh
 from jax.sharding import PartitionSpec as P
 
 from allmem_jax.model import sharding
+from tests import compiling
 
 pytestmark = pytest.mark.core
 MESH = AbstractMesh((2, 2, 4, 1), sharding.AXES)
@@ -58,7 +59,7 @@ def test_wrong_device_count_is_named():
 
 def run_on_four_devices(program):
     flags = {
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0",
+        "XLA_FLAGS": compiling.on_devices(4),
         "JAX_PLATFORMS": "cpu",
     }
     subprocess.run([sys.executable, "-c", program], check=True, env={**os.environ, **flags}, timeout=300)

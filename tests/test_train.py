@@ -22,7 +22,7 @@ from allmem_jax.checkpoints import load as load_lib
 from allmem_jax.model import config as config_lib
 from allmem_jax.model import lm, sharding
 from allmem_jax.storage import stores
-from tests import tiny_folder
+from tests import compiling, tiny_folder
 from train import finetune
 from train import recipe as recipe_lib
 from train.experiments import overhead
@@ -248,7 +248,7 @@ def test_a_mesh_of_four_devices_gives_the_same_losses(recipe, whole, folder):
     config = dataclasses.replace(recipe, out=str(folder / "mesh"), mesh=(1, 2, 2, 1))
     env = {
         **os.environ,
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0",
+        "XLA_FLAGS": compiling.on_devices(4),
         "PYTHONPATH": ROOT,
     }
     program = f"from train import finetune\nfrom train.recipe import FinetuneConfig\nfinetune.run({config!r})\n"

@@ -1,6 +1,8 @@
 """The list of visits against a row followed token by token."""
 
-import jax.numpy as jnp
+import functools
+
+import jax
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -51,19 +53,26 @@ def replay(words, slots, phase, size):
     return seen, updates, initial, kept
 
 
-@settings(max_examples=20, deadline=None)
+# chunk, size of a block, blocks of a row
+SIZES = ((1, 1, 5), (4, 4, 6), (5, 3, 4), (8, 2, 6), (9, 4, 1), (9, 7, 3))
+
+
+@functools.partial(jax.jit, static_argnames=("chunk", "size"))
+def planned(valid, reset, count, chunk, size):
+    plan = visits.make_plan(valid, reset, count, chunk, size)
+    return plan, visits.make_visits(plan, 3)
+
+
+@settings(max_examples=50, deadline=None)
 @given(st.data())
 def test_visits_are_the_row_token_by_token(data):
-    chunk = data.draw(st.integers(1, 9))
-    size = data.draw(st.integers(1, chunk))
-    blocks = data.draw(st.integers(1, 6))
+    chunk, size, blocks = data.draw(st.sampled_from(SIZES))
     rng = np.random.default_rng(data.draw(st.integers(0, 2**32 - 1)))
     shape = (2, blocks * size)
     valid = rng.random(shape) < data.draw(st.sampled_from([0.0, 0.3, 1.0]))
     reset = rng.random(shape) < data.draw(st.sampled_from([0.0, 0.1, 0.5]))
     count = rng.integers(0, chunk, 2).astype(np.int32)
-    plan = visits.make_plan(jnp.asarray(valid), jnp.asarray(reset), jnp.asarray(count), chunk, size)
-    work = visits.make_visits(plan, 3)
+    plan, work = planned(valid, reset, count, chunk, size)
     words, slots, phase, write = (np.asarray(x) for x in (work.words, work.slots, plan.phase, plan.write))
     for row in range(2):
         seen, updates, initial, left = follow(valid[row], reset[row], int(count[row]), chunk)
