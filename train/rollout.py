@@ -272,38 +272,28 @@ def _answer(
     start: state_lib.DecodeState | None,
     seed: int,
 ) -> list[dict[str, Any]]:
-    """One batch's records. Where it is not full, the first prompt stands in the rows that are left."""
-    rows = [prompt.tokens for prompt in prompts]
-    rows += rows[:1] * (settings.batch - len(rows))
-    logits, state = generation.prefill(student.params, student.config, rows, state=start, piece=settings.piece)
-    answers: list[list[int]] = [[] for _ in prompts]
-    going = set(range(len(prompts)))
-    for tokens, *_ in generation.stream(
+    """One batch's records."""
+    answers = generation.answers(
         student.params,
         student.config,
-        logits,
-        state,
+        [prompt.tokens for prompt in prompts],
+        batch=settings.batch,
         max_tokens=settings.max_tokens,
         sampling=settings.sampling(),
         stop_tokens=student.stops,
         seed=seed,
-    ):
-        for row in sorted(going):
-            if tokens[row] in student.stops:
-                going.remove(row)
-            else:
-                answers[row].append(int(tokens[row]))
-        if not going:
-            break
+        piece=settings.piece,
+        state=start,
+    )
     return [
         {
             "id": prompt.id,
             "messages": [*prompt.messages, {"role": "assistant", "content": student.tokenizer.decode(answer)}],
-            "finished": row not in going,
+            "finished": len(answer) < settings.max_tokens,
             "tokens": len(answer),
         }
         | ({"tools": prompt.tools} if prompt.tools else {})
-        for row, (prompt, answer) in enumerate(zip(prompts, answers, strict=True))
+        for prompt, answer in zip(prompts, answers, strict=True)
     ]
 
 

@@ -213,7 +213,7 @@ def generate(
 ) -> list[list[int]]:
     """Continues each prompt; the tokens up to and without a stop token.
 
-    Warns where a prompt is longer than what the model was trained on.
+    Warns where a prompt is longer than what the model was trained on, and then is `answers` of one batch.
 
     Args:
       params: parameters of the model.
@@ -229,22 +229,63 @@ def generate(
     """
     if max_tokens < 0:
         raise ValueError(f"max_tokens={max_tokens} must not be negative")
-    stops = config.eos_tokens if stop_tokens is None else stop_tokens
-    longest = max(map(len, prompts), default=0)
     past = 0 if state is None else int(state.position.max())
-    warn_beyond(config, past + longest, max_tokens)
-    config, state = with_room(config, state, len(prompts), longest + max_tokens)
-    logits, state = prefill(params, config, prompts, state=state, piece=piece)
-    out: list[list[int]] = [[] for _ in prompts]
-    steps = stream(
-        params, config, logits, state, max_tokens=max_tokens, sampling=sampling, stop_tokens=stops, seed=seed
+    warn_beyond(config, past + max(map(len, prompts), default=0), max_tokens)
+    return answers(
+        params,
+        config,
+        prompts,
+        max_tokens=max_tokens,
+        sampling=sampling,
+        stop_tokens=stop_tokens,
+        seed=seed,
+        piece=piece,
+        state=state,
+        on_tokens=on_tokens,
     )
-    for tokens, live, _, _ in steps:
+
+
+def answers(
+    params: lm.Params,
+    config: config_lib.ModelConfig,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_tokens: int,
+    batch: int = 0,
+    sampling: Sampling = GREEDY,
+    stop_tokens: Sequence[int] | None = None,
+    ends: Callable[[list[int]], bool] | None = None,
+    seed: int = 0,
+    piece: int = 256,
+    state: state_lib.DecodeState | None = None,
+    on_tokens: Callable[[np.ndarray, np.ndarray], Any] | None = None,
+) -> list[list[int]]:
+    """What `generate` returns, for those who ask many batches: an answer that ended has fewer than `max_tokens` tokens.
+
+    Args:
+      params, config, prompts, max_tokens, sampling, stop_tokens, seed, piece, on_tokens: as `generate` takes them.
+      batch: rows to run; where there are fewer prompts the last one stands in the others, so that one program serves.
+      ends: told an answer after each of its tokens, whether it ends there; that token is part of it.
+      state: of as many rows as run.
+    """
+    stops = config.eos_tokens if stop_tokens is None else stop_tokens
+    rows = [*prompts, *[prompts[-1]] * (batch - len(prompts))] if prompts else []
+    config, state = with_room(config, state, len(rows), max(map(len, rows), default=0) + max_tokens)
+    logits, state = prefill(params, config, rows, state=state, piece=piece)
+    out: list[list[int]] = [[] for _ in prompts]
+    going = set(range(len(prompts)))
+    for tokens, live, _, _ in stream(
+        params, config, logits, state, max_tokens=max_tokens, sampling=sampling, stop_tokens=stops, seed=seed
+    ):
         if on_tokens is not None:
             on_tokens(tokens, live)
-        for row, token, alive in zip(out, tokens.tolist(), live.tolist(), strict=True):
-            if alive and token not in stops:
-                row.append(token)
+        for row in sorted(going):
+            if tokens[row] not in stops:
+                out[row].append(int(tokens[row]))
+            if tokens[row] in stops or (ends is not None and ends(out[row])):
+                going.remove(row)
+        if not going:
+            break
     return out
 
 

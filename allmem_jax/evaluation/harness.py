@@ -311,7 +311,18 @@ class AllMemHarness(TemplateLM):
         if most >= self.max_length:
             raise ValueError(f"max_gen_toks={most} leaves no room for a prompt in max_length={self.max_length}")
         prompts = [self._fit(self._encode_prompt(context), self.max_length - most) for context in contexts]
-        answers = self._generate(prompts, most, sampling, [term for term in until if term], seed)
+        terms = [term for term in until if term]
+        answers = generation.answers(
+            self.params,
+            self.config,
+            prompts,
+            batch=self.batch_size,
+            max_tokens=most,
+            sampling=sampling,
+            stop_tokens=self.stop_tokens,
+            ends=lambda ids: ends_with(self.tokenizer, ids, terms),
+            seed=seed,
+        )
         return [self._text(ids, until) for ids in answers]
 
     def _text(self, ids: list[int], until: list[str]) -> str:
@@ -323,29 +334,6 @@ class AllMemHarness(TemplateLM):
         spoken = ids[len(ids) - ids[::-1].index(thought) :] if thought in ids else ids
         found = str(self.tokenizer.decode(spoken, skip_special_tokens=True)).lstrip()
         return postprocess_generated_text(generation=found, stop=until, think_end_token=None)
-
-    def _generate(
-        self, prompts: list[list[int]], most: int, sampling: generation.Sampling, until: list[str], seed: int
-    ) -> list[list[int]]:
-        """Tokens after each prompt, until all have stopped; the end that a row stopped at is its last token."""
-        longest, config = max(map(len, prompts)), self.config
-        if config.mixer == "full":
-            config = generation.full_as_windowed(config, longest + most)
-        rows = prompts + [[self.prefix_token_id]] * (self.batch_size - len(prompts))
-        logits, state = generation.prefill(self.params, config, rows)
-        answers: list[list[int]] = [[] for _ in prompts]
-        going = set(range(len(prompts)))
-        stops = self.stop_tokens
-        for tokens, *_ in generation.stream(
-            self.params, config, logits, state, max_tokens=most, sampling=sampling, stop_tokens=stops, seed=seed
-        ):
-            for index in sorted(going):
-                answers[index].append(int(tokens[index]))
-                if tokens[index] in stops or ends_with(self.tokenizer, answers[index], until):
-                    going.remove(index)
-            if not going:
-                break
-        return answers
 
 
 def ends_with(tokenizer: chat.Tokenizer, ids: list[int], until: Sequence[str]) -> bool:

@@ -233,18 +233,16 @@ def _generate(
     stops = chat_lib.stop_tokens(tokenizer, each.config)
     for start in range(0, len(todo), settings.batch):
         rows = todo[start : start + settings.batch]
-        padded = [*rows, *[rows[-1]] * (settings.batch - len(rows))]
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", ".*the model was trained on")  # which was said once for the task
-            out = generation.generate(
-                each.params,
-                each.config,
-                [encoded[index] for index in padded],
-                max_tokens=task.max_tokens,
-                stop_tokens=stops,
-                piece=settings.piece,
-            )
-        for index, tokens in zip(rows, out, strict=False):
+        out = generation.answers(
+            each.params,
+            each.config,
+            [encoded[index] for index in rows],
+            batch=settings.batch,
+            max_tokens=task.max_tokens,
+            stop_tokens=stops,
+            piece=settings.piece,
+        )
+        for index, tokens in zip(rows, out, strict=True):
             yield index, str(tokenizer.decode(tokens, skip_special_tokens=True))
 
 

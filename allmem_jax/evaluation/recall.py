@@ -6,6 +6,7 @@ is right or wrong. Prompts, lengths and distances are in tokens; an interval is 
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
 import pathlib
@@ -23,8 +24,7 @@ from allmem_jax.evaluation import divergence, haystacks
 from allmem_jax.evaluation import questions as prompts_lib
 from allmem_jax.model import config as config_lib
 from allmem_jax.model import lm
-from allmem_jax.reporting import sections
-from allmem_jax.storage import files
+from allmem_jax.reporting import kept, sections
 
 NAME = "recall"
 OTHER = "another document's state"  # the converted model, asked after a text that the question is not about
@@ -202,19 +202,20 @@ def measure(
     with tqdm.tqdm(total=total, desc="asking", unit="prompt", leave=False, disable=not sys.stderr.isatty()) as bar:
         for task, length, variant, examples in jobs:
             head = {"task": task, "length": length, "variant": variant.name}
-            content = hashlib.sha256(repr(examples).encode()).hexdigest()
-            identity = {"format": FORMAT, "source": source, "examples": content, "chat": settings.chat}
-            path = _part(parts, identity | head | {"config": variant.config.to_json()})
-            if path is not None and path.exists():
-                bar.update(len(examples))
-                results.append(json.loads(path.read_text()))
-                continue
-            answered: list[dict[str, Any]] = []
-            if examples:
-                answered = _ask(settings, backbone, tokenizer, variant, task, length, examples, bar.update)
+            before, answered = bar.n, list[dict[str, Any]]()
+            ask = functools.partial(
+                _ask, settings, backbone, tokenizer, variant, task, length, examples, progress=bar.update
+            )
+            if examples and parts is not None:
+                content = hashlib.sha256(repr(examples).encode()).hexdigest()
+                depends = {"format": FORMAT, "source": source, "examples": content, "chat": settings.chat} | head
+                depends |= {"config": variant.config.to_json()}
+                name = re.sub(r"\W+", "-", f"{task} {length} {variant.name}")
+                answered = kept.result(parts, name, depends, ask, say=lambda line: None)
+            elif examples:
+                answered = ask()
             results.append(head | {"examples": answered})
-            if path is not None:
-                files.write(path, json.dumps(results[-1], indent=1))
+            bar.update(before + len(answered) - bar.n)  # those that were found
     return results
 
 
@@ -267,11 +268,7 @@ def _ask(
     answered: list[dict[str, Any]] = []
     for start in range(0, len(groups), batch):
         part = groups[start : start + batch]
-        rows = [*part, *[part[-1]] * (batch - len(part))]
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", ".*the model was trained on")  # which was said once for the task
-            written = _write(params, config, rows, room, stops)
-        for group, answers in zip(part, written, strict=False):
+        for group, answers in zip(part, _write(params, config, part, batch, room, stops), strict=True):
             for example, ids in zip(group, answers, strict=False):
                 output = reply(task, tokenizer.decode(ids, skip_special_tokens=True), chat)
                 answered.append(
@@ -294,6 +291,7 @@ def _write(
     params: lm.Params,
     config: config_lib.ModelConfig,
     groups: Sequence[Sequence[haystacks.Example]],
+    batch: int,
     room: int,
     stops: Sequence[int],
 ) -> list[list[list[int]]]:
@@ -304,6 +302,7 @@ def _write(
     turns, state = max(map(len, groups)), None
     if turns > 1:
         contexts = [group[0].prompt[: group[0].context] for group in groups]
+        contexts += contexts[-1:] * (batch - len(contexts))
         _, state = generation.prefill(params, config, contexts, piece=PIECE)
     written = []
     for turn in range(turns):
@@ -311,15 +310,8 @@ def _write(
         rows = [example.prompt if state is None else example.prompt[example.context :] for example in asked]
         piece = PIECE if state is None else SHORT_PIECE
         written.append(
-            generation.generate(params, config, rows, max_tokens=room, stop_tokens=stops, piece=piece, state=state)
+            generation.answers(
+                params, config, rows, batch=batch, max_tokens=room, stop_tokens=stops, piece=piece, state=state
+            )
         )
     return [list(answers) for answers in zip(*written, strict=True)]
-
-
-def _part(folder: pathlib.Path | None, identity: dict[str, Any]) -> pathlib.Path | None:
-    """Where the answers that are known by `identity` are kept."""
-    if folder is None:
-        return None
-    key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
-    name = re.sub(r"\W+", "-", f"{identity['task']} {identity['length']} {identity['variant']}")
-    return folder / f"{name}-{key}.json"
