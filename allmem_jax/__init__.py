@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
+from allmem_jax import nn
 from allmem_jax.decoding.generation import Sampling, generate
 from allmem_jax.model.config import ModelConfig, RopeScaling, preset
 from allmem_jax.model.lm import AllMemLM
@@ -22,6 +23,7 @@ __all__ = [
     "init_state",
     "load_pretrained",
     "load_state",
+    "nn",
     "preset",
     "save_pretrained",
     "save_state",

@@ -8,7 +8,8 @@ hf_config, gguf_config   configs of both kinds of files as ours; `fields` checks
 gguf_reader   reads a GGUF file
 tokenizer     tokenizers and chat templates; `ends` says where a text ends
 memory_file   a trained memory as one small file
+card          what the Hub shows of a model
 start         a memory made of a layer's own attention
 """
 
-__all__ = ["ends", "families", "hf_config", "layout", "load", "memory_file", "save", "start", "tokenizer"]
+__all__ = ["card", "ends", "families", "hf_config", "layout", "load", "memory_file", "save", "start", "tokenizer"]

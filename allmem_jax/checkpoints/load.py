@@ -32,7 +32,8 @@ def load_pretrained(
     """Loads a pretrained model, or one that `save_pretrained` wrote.
 
     Args:
-      path: a Hugging Face folder with safetensors weights, or a GGUF file; a URL of either, see `stores`.
+      path: a Hugging Face folder with safetensors weights, or a GGUF file; a URL of either, see `stores`, such as
+        hf://OWNER/NAME on the Hugging Face Hub.
       dtype: "float32" or "bfloat16", of the backbone's parameters and of the config's arithmetic. The memory's
         parameters are always float32.
       memory: a trained memory to add to a model without one, see `memory_file`: the name of one that comes with this

@@ -1,6 +1,6 @@
 """The `allmem` command, a file a command: help is quick, as what a command needs is imported when it runs.
 
-convert    adds a memory to a model; generate and chat use one
+convert    adds a memory to a model; generate and chat use one; push uploads one
 read, ask  a text read once, and questions about it; serve does all of this over HTTP
 evaluate, recall, longbench, report   measure a converted model
 info, cost   what models cost, without their weights
@@ -26,6 +26,7 @@ from allmem_jax.cli.generate import generate
 from allmem_jax.cli.info import info
 from allmem_jax.cli.lm_eval import lm_eval
 from allmem_jax.cli.longbench import longbench
+from allmem_jax.cli.push import push
 from allmem_jax.cli.read import read
 from allmem_jax.cli.recall import recall
 from allmem_jax.cli.report import report
@@ -42,7 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # an ASCII terminal gets all that it can show
     app = tyro.extras.SubcommandApp()
-    for command in (convert, generate, chat, read, ask, serve, evaluate, recall, report, info, cost, longbench):
+    writing, measuring = (convert, push, generate, chat, read, ask, serve), (evaluate, recall, report, longbench)
+    for command in (*writing, *measuring, info, cost):
         app.command(command)
     with warnings.catch_warnings():
         warnings.showwarning = lambda message, *_: terminal.say(f"warning: {message}")

@@ -40,7 +40,7 @@ Model = Annotated[
     tyro.conf.arg(
         metavar="MODEL",
         help="Converted folder, Hugging Face folder (safetensors) or .gguf file; like all that is read, it may be a "
-        "URL (gs://, s3://).",
+        "URL (hf://OWNER/NAME of the Hugging Face Hub, gs://, s3://).",
     ),
 ]
 Texts = Annotated[

@@ -12,4 +12,4 @@ state           what a decoding model knows of its past
 sharding        where arrays live on a mesh
 """
 
-__all__ = ["config", "decoder", "functional", "layers", "linear_memory", "lm", "losses", "sharding", "state"]
+__all__ = ["config", "decoder", "functional", "layers", "linear_memory", "lm", "losses", "memory", "sharding", "state"]

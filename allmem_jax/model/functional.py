@@ -150,6 +150,7 @@ def attend(
     sinks: jax.Array | int,
     segment_ids: jax.Array | None,
     scale: float,
+    implementation: str | None = None,
 ) -> jax.Array:
     """Windowed attention with sinks over a whole row. q [B, L, Hq, D], k and v [B, L, Hkv, D] -> [B, L, Hq, D].
 
@@ -158,7 +159,8 @@ def attend(
 
     def kernel(q, k, v, segment_ids, *traced):
         size = dict(zip(names, traced, strict=True))
-        return pallas_kernels.swa_attention(q, k, v, segment_ids=segment_ids, scale=scale, **(fixed | size))
+        options = dict(segment_ids=segment_ids, scale=scale, implementation=implementation)
+        return pallas_kernels.swa_attention(q, k, v, **options, **(fixed | size))
 
     sizes = {"window": window, "sinks": sinks}
     fixed = {name: size for name, size in sizes.items() if isinstance(size, int)}
@@ -183,19 +185,21 @@ def attend_cached(
     window: jax.Array | int,
     sinks: jax.Array | int,
     scale: float,
+    implementation: str | None = None,
 ) -> jax.Array:
     """Attention of L new tokens to the ring cache of one layer and to each other; `write_cache` then adds them to it.
 
     Arguments and result are those of `ring.attend`, with `cache` the keys and values in any dtype, and q and k rotated
-    to their absolute positions. One token a row is decoded by `pallas_kernels.swa_decode`. Under a mesh every device
-    computes its own rows and heads; see `sharding.over_rows_and_heads`.
+    to their absolute positions. One token a row is decoded by `pallas_kernels.swa_decode`, which `implementation` is
+    for. Under a mesh every device computes its own rows and heads; see `sharding.over_rows_and_heads`.
     """
 
     def local(q, k, v, keys, values, position, lengths, window, sinks):
         sizes = {"sink_slots": sink_slots, "window": window, "sinks": sinks, "scale": scale}
         held = keys.astype(k.dtype), values.astype(v.dtype)
         if q.shape[1] == 1:
-            return pallas_kernels.swa_decode(q[:, 0], k[:, 0], v[:, 0], *held, position, **sizes)[:, None]
+            one = q[:, 0], k[:, 0], v[:, 0]
+            return pallas_kernels.swa_decode(*one, *held, position, implementation=implementation, **sizes)[:, None]
         return ring.attend(q, k, v, *held, position, lengths, **sizes)
 
     tokens, rows, every = PartitionSpec("rows", None, "heads"), PartitionSpec("rows"), PartitionSpec()
@@ -309,6 +313,7 @@ def remember(
     valid: jax.Array | None,
     reset: jax.Array | None,
     read_out: str = "full",
+    implementation: str | None = None,
 ) -> tuple[jax.Array, pallas_kernels.MemoryState]:
     """The memory's read-outs [B, L, N, D] and its state afterwards; see `pallas_kernels.ttt_memory`.
 
@@ -316,7 +321,7 @@ def remember(
     """
 
     def kernel(q, k, v, lr, momentum, init, state, valid, reset):
-        options = dict(chunk_size=chunk, valid=valid, reset=reset, read_out=read_out)
+        options = dict(chunk_size=chunk, valid=valid, reset=reset, read_out=read_out, implementation=implementation)
         return pallas_kernels.ttt_memory(q, k, v, lr, momentum, init, state, **options)
 
     tokens, rows, row_heads = (

@@ -26,15 +26,16 @@ class Shared(NamedTuple):
     """What every layer of one call sees alike.
 
     Attributes:
-      rope, local_rope: tables of the global and of the local layers; the same object where there are no local ones.
+      rope, local_rope: tables of the global and of the local layers; the same object where there are no local ones. A
+        rope of None turns nothing.
       window, sinks: ints or int32 scalars; window None is no window (the original attention).
       segment_ids: int32 [B, L] of packed documents, or None.
       reset: bool [B, L], first tokens of documents, or None.
       position, lengths: int32 [B] when decoding with a state, else None.
     """
 
-    rope: Rope
-    local_rope: Rope
+    rope: Rope | None
+    local_rope: Rope | None
     window: jax.Array | int | None
     sinks: jax.Array | int
     segment_ids: jax.Array | None = None
@@ -50,11 +51,77 @@ class LayerState(NamedTuple):
     the model writes them.
     """
 
-    keys: jax.Array
-    values: jax.Array
+    keys: Any
+    values: Any
     conv: Any
     memory: Any
     waiting: Any = None
+
+
+def seen(
+    c: config_lib.ModelConfig,
+    shape: tuple[int, ...],
+    *,
+    position: jax.Array | None = None,
+    lengths: jax.Array | None = None,
+    segment_ids: jax.Array | None = None,
+    window: jax.Array | int | None = None,
+    sinks: jax.Array | int | None = None,
+) -> Shared:
+    """Positions, rotary tables and masks that the layers of a call on tokens [B, L] use.
+
+    Args:
+      c: the config.
+      shape: begins with B, L.
+      position: int32 [B], tokens of each row before these, when decoding with a state; then `lengths` [B] of these are
+        real, None being all.
+      lengths: plays no part without `position`.
+      segment_ids: int32 [B, L], packed documents; without `position` only.
+      window, sinks: replace the config's.
+    """
+    batch, length = shape[:2]
+    offsets = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (batch, length))
+    reset = None
+    if position is not None:
+        lengths = jnp.full((batch,), length, jnp.int32) if lengths is None else lengths.astype(jnp.int32)
+        offsets = offsets + position[:, None]
+    elif segment_ids is not None:
+        offsets, reset = functional.document_offsets(segment_ids)
+    rope = functional.rope_table(offsets, *functional.rope_frequencies(c.head_dim, c.rope_theta, c.rope_scaling))
+    local_rope = rope
+    if any(c.local_layers):
+        theta = c.rope_theta if c.local_rope_theta is None else c.local_rope_theta
+        local_rope = functional.rope_table(offsets, *functional.rope_frequencies(c.head_dim, theta))
+    full = c.mixer == "full"
+    return Shared(
+        rope=rope,
+        local_rope=local_rope,
+        window=None if full else c.window if window is None else window,
+        sinks=0 if full else c.sinks if sinks is None else sinks,
+        segment_ids=segment_ids,
+        reset=reset,
+        position=position,
+        lengths=lengths if position is not None else None,
+    )
+
+
+def of_state(state: Any) -> LayerState:
+    """The layers' part of a `DecodeState`, leaves [Y, B, ...]."""
+    return LayerState(state.keys, state.values, state.conv, state.memory, state.waiting)
+
+
+def written(past: LayerState, new: LayerState, shared: Shared, sink_slots: int) -> LayerState:
+    """The states of all layers after a call, from those before it and what the layers returned; leaves [Y, B, ...]."""
+    where = shared.position, shared.lengths
+
+    def cached(held: Any, tokens: Any) -> Any:
+        return None if held is None else functional.write_cache(held, tokens, *where, sink_slots)
+
+    waiting = None
+    if past.waiting is not None:  # as a cache with no sinks and one head
+        waiting = functional.write_cache(past.waiting[..., None, :], new.waiting[..., None, :], *where, 0)[..., 0, :]
+    keys, values = cached(past.keys, new.keys), cached(past.values, new.values)
+    return LayerState(keys, values, new.conv, new.memory, waiting)
 
 
 class Linear(nn.Module):
@@ -129,6 +196,7 @@ class Attention(nn.Module):
     """The pretrained attention, restricted to a window and sinks. Its weights stay frozen when a model is converted."""
 
     config: config_lib.ModelConfig
+    implementation: str | None = None
 
     @nn.compact
     def __call__(
@@ -154,8 +222,9 @@ class Attention(nn.Module):
             rope = jax.tree.map(lambda local, other: jnp.where(is_local, local, other), shared.local_rope, rope)
             window = jnp.where(is_local, jnp.minimum(window, c.local_window), window)
             sinks = jnp.where(is_local, 0, sinks)
-        q, k = functional.apply_rope(q, rope), functional.apply_rope(k, rope)
-        sizes: Any = {"window": window, "sinks": sinks, "scale": scale}
+        if rope is not None:
+            q, k = functional.apply_rope(q, rope), functional.apply_rope(k, rope)
+        sizes: Any = {"window": window, "sinks": sinks, "scale": scale, "implementation": self.implementation}
         new = None
         if state is None:
             out = functional.attend(q, k, v, segment_ids=shared.segment_ids, **sizes)

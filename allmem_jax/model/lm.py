@@ -67,13 +67,12 @@ class AllMemLM(nn.Module):
         table = embed.embedding
         x = jnp.take(sharding.whole_rows(table), tokens, axis=0).astype(c.dtype) * jnp.asarray(c.embed_scale, c.dtype)
         x = x if state is not None else sharding.over_tokens(x)
-        shared = self._shared(tokens, lengths, segment_ids, state, window, sinks)
+        position = past = None
+        if state is not None:
+            position, past = state.position, layers.of_state(state)
+        sizes: Any = {"window": window, "sinks": sinks}
+        shared = layers.seen(c, x.shape, position=position, lengths=lengths, segment_ids=segment_ids, **sizes)
         local = jnp.asarray(c.local_layers or (False,) * c.n_layers)
-        past = (
-            None
-            if state is None
-            else layers.LayerState(state.keys, state.values, state.conv, state.memory, state.waiting)
-        )
         stack = nn.scan(
             _rematerialised(c.remat),
             variable_axes={"params": 0, "intermediates": 0},
@@ -89,44 +88,9 @@ class AllMemLM(nn.Module):
             result = functional.logits(x, table.T) if c.tie_embeddings else layers.Head(c.vocab_size, name="lm_head")(x)
         if state is None:
             return result
-        where = (state.position, shared.lengths, c.sinks)
-        keys = functional.write_cache(state.keys, after.keys, *where)
-        values = functional.write_cache(state.values, after.values, *where)
-        waiting = None
-        if state.waiting is not None:  # as a cache with no sinks and one head
-            ring, new = state.waiting[..., None, :], after.waiting[..., None, :]
-            waiting = functional.write_cache(ring, new, state.position, shared.lengths, 0)[..., 0, :]
-        position = state.position + shared.lengths
-        return result, state_lib.DecodeState(position, keys, values, after.conv, after.memory, waiting, c.sinks)
-
-    def _shared(self, tokens, lengths, segment_ids, state, window, sinks) -> layers.Shared:
-        """Positions, rotary tables and masks that all layers use."""
-        c = self.config
-        offsets = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
-        position = reset = None
-        if state is not None:
-            position = state.position
-            lengths = jnp.full(tokens.shape[:1], tokens.shape[1], jnp.int32) if lengths is None else lengths
-            lengths = lengths.astype(jnp.int32)
-            offsets = offsets + position[:, None]
-        elif segment_ids is not None:
-            offsets, reset = functional.document_offsets(segment_ids)
-        rope = functional.rope_table(offsets, *functional.rope_frequencies(c.head_dim, c.rope_theta, c.rope_scaling))
-        local_rope = rope
-        if any(c.local_layers):
-            theta = c.rope_theta if c.local_rope_theta is None else c.local_rope_theta
-            local_rope = functional.rope_table(offsets, *functional.rope_frequencies(c.head_dim, theta))
-        full = c.mixer == "full"
-        return layers.Shared(
-            rope=rope,
-            local_rope=local_rope,
-            window=None if full else c.window if window is None else window,
-            sinks=0 if full else c.sinks if sinks is None else sinks,
-            segment_ids=segment_ids,
-            reset=reset,
-            position=position,
-            lengths=lengths if state is not None else None,
-        )
+        assert past is not None
+        after = layers.written(past, after, shared, c.sinks)
+        return result, state_lib.DecodeState(state.position + shared.lengths, **after._asdict(), sinks=c.sinks)
 
 
 def _rematerialised(policy: str) -> Any:

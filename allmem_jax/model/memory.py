@@ -23,6 +23,7 @@ class Memory(nn.Module):
     """
 
     config: config_lib.ModelConfig
+    implementation: str | None = None
 
     @nn.compact
     def __call__(
@@ -51,8 +52,8 @@ class Memory(nn.Module):
 
         past = None if state is None else functional.start_memory(state.memory, init, shared.position == 0)
         marks: Any = {"valid": layers.real_tokens(x, shared), "reset": shared.reset}
-        tokens = q, k, v, lr, momentum
-        out, after = functional.remember(*tokens, init, past, chunk=c.chunk, read_out=c.read_out, **marks)
+        options: Any = {"chunk": c.chunk, "read_out": c.read_out, "implementation": self.implementation}
+        out, after = functional.remember(q, k, v, lr, momentum, init, past, **marks, **options)
         self._report(lr, momentum, init, after)
         if c.read_out == "full":
             out = layers.RMSNorm(c.norm_eps, name="out_norm")(out)

@@ -9,6 +9,7 @@ It is a pytree of arrays, an argument and a result of every call, so it can be s
 
 import dataclasses
 import os
+from typing import Any
 
 import flax.struct
 import jax
@@ -88,15 +89,18 @@ def check_state(config: config_lib.ModelConfig, batch: int, state: DecodeState) 
                 f"the state was made with {field}={there} and the config has {field}={here}: use the config that the "
                 "state was made with, or read the text anew"
             )
-    like = _named(jax.eval_shape(lambda: init_state(config, batch)))
-    shapes = {name: leaf.shape for name, leaf in _named(state).items()}
-    for name in sorted(shapes.keys() | like.keys()):
-        found, wanted = shapes.get(name), like[name].shape if name in like else None
-        if found != wanted:
-            raise ValueError(
-                f"the state's {name} is {found or 'missing'}, where mixer={config.mixer!r} and {batch} rows of tokens "
-                f"need {wanted or 'none'}: use the config that the state was made with, or read the text anew"
-            )
+    like = jax.eval_shape(lambda: init_state(config, batch))
+    what = f"mixer={config.mixer!r} and {batch} rows of tokens"
+    check_shapes(state, like, what, "use the config that the state was made with, or read the text anew")
+
+
+def check_shapes(state: Any, like: Any, what: str, fix: str) -> None:
+    """ValueError where two pytrees differ in a leaf's path or shape; `what` needs those of `like`."""
+    found, wanted = _named(state), _named(like)
+    for name in sorted(found.keys() | wanted.keys()):
+        here, there = (leaves[name].shape if name in leaves else None for leaves in (found, wanted))
+        if here != there:
+            raise ValueError(f"the state's {name} is {here or 'missing'}, where {what} need {there or 'none'}: {fix}")
 
 
 def state_bytes(config: config_lib.ModelConfig, batch: int = 1) -> int:
@@ -143,7 +147,7 @@ def load_state(path: str | os.PathLike[str], config: config_lib.ModelConfig) -> 
     return jax.tree.unflatten(jax.tree.structure(like), [flat[name] for name in _named(like)])
 
 
-def _named(state: DecodeState) -> dict[str, jax.Array]:
+def _named(state: Any) -> dict[str, jax.Array]:
     """Leaves by their path, e.g. "memory.weights.gate", in the order of the tree."""
     leaves = jax.tree_util.tree_leaves_with_path(state)
     return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}

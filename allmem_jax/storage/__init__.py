@@ -1,7 +1,8 @@
 """Files that are whole or not there, here and in object stores.
 
 stores   paths such as gs://bucket/run: read through a local copy, written whole
+hub      models on the Hugging Face Hub, hf://OWNER/NAME
 files    local files that are whole or not there
 """
 
-__all__ = ["files", "stores"]
+__all__ = ["files", "hub", "stores"]

@@ -1,6 +1,7 @@
 """Paths in object stores, such as gs://bucket/run: read through a local copy, written whole.
 
 Any URL works that fsspec knows: gs:// and s3:// with the packages of the extra "stores", memory:// and file:// without.
+Models of the Hugging Face Hub, hf://OWNER/NAME, are read too, see `hub`, and not written.
 What is no URL stays the local path that it is. Copies lie in $ALLMEM_CACHE/stores, or ~/.cache/allmem/stores, and may
 be deleted when nothing runs.
 """
@@ -20,6 +21,8 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import fsspec
+
+from allmem_jax.storage import hub
 
 AnyPath = str | os.PathLike[str]
 
@@ -65,6 +68,8 @@ def local(path: AnyPath, suffixes: tuple[str, ...] = ("",)) -> pathlib.Path:
     if not is_url(path):
         return pathlib.Path(path)
     url = _url(path)
+    if hub.is_model(url):
+        return hub.local(url, suffixes)
     found = {name: info for name, info in _listing(url).items() if name == "." or name.endswith(suffixes)}
     if not found:
         raise FileNotFoundError(f"{url}: no such file or folder")
@@ -277,6 +282,8 @@ def _opened(url: AnyPath, done: str) -> Iterator[tuple[Any, str]]:
     url = _url(url)
     scheme, _, rest = url.partition("://")
     options = {"auto_mkdir": True} if scheme in ("file", "local") else {}
+    if hub.is_model(url):
+        raise ValueError(f"{url}: on the Hub only models are read by name, and they are written by `allmem push`")
     if scheme in ("http", "https"):
         raise ValueError(f"{url} is on the web, not in a store: download it and give the local path")
     if scheme not in fsspec.available_protocols():
