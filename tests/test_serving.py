@@ -8,7 +8,6 @@ import contextlib
 import json
 import queue
 import random
-import socket
 import threading
 import time
 
@@ -17,54 +16,22 @@ import numpy as np
 import pytest
 import tiny_folder
 
-from allmem_jax.checkpoints import load
 from allmem_jax.checkpoints import tokenizer as tokenizer_lib
 from allmem_jax.decoding import chat, generation
 from allmem_jax.model import lm
 
 httpx, openai = pytest.importorskip("httpx"), pytest.importorskip("openai")  # what the core tests go without
-uvicorn = pytest.importorskip("uvicorn")
+pytest.importorskip("uvicorn")
 
-from allmem_jax.serving import answers, api, engine, memories, programs  # noqa: E402
+import tiny_server  # noqa: E402
+from tiny_server import PIECE, idle, running, served  # noqa: E402
 
-SLOTS, PIECE = 3, 8
+from allmem_jax.serving import engine, memories, programs  # noqa: E402
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    """A tiny converted model whose memory says something."""
-    path = tiny_folder.write(tmp_path_factory.mktemp("models") / "plain")
-    config, params, tokenizer = load.load_pretrained(path, mixer="allmem", window=16, sinks=2, chunk=4)
-    memory = params["layers"]["memory"]
-    params = params | {"layers": params["layers"] | {"memory": memory | {"alpha": 0.3 + 0 * memory["alpha"]}}}
-    return config, params, tokenizer
-
-
-def served(model, folder, **options):
-    config, params, tokenizer = model
-    made = {"slots": SLOTS, "piece": PIECE, "cache_bytes": 2**22} | options
-    own = {name: made.pop(name) for name in ("key", "body", "origins") if name in made}
-    loop = engine.Engine(params, config, **made)
-    kept = memories.Memories(folder, config, memories.fingerprint(params, config))
-    return answers.Served("tiny", tokenizer, loop, kept, most=12, **own)
-
-
-@contextlib.contextmanager
-def running(serves):
-    """The address of a server in a thread."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    server = uvicorn.Server(uvicorn.Config(api.application(serves), port=port, log_level="error"))
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    while not server.started:
-        time.sleep(0.02)
-    try:
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        server.should_exit = True
-        thread.join()
+    return tiny_server.model(tmp_path_factory.mktemp("models"))
 
 
 @pytest.fixture(scope="module")
@@ -133,15 +100,6 @@ def test_stop_strings_end_an_answer_and_free_its_slot(model, server, client):
     made = client.completions.create(model="tiny", prompt="the whale", max_tokens=12, temperature=0, stop=stop)
     assert made.choices[0].text == text[: text.index(stop)] and made.choices[0].finish_reason == "stop"
     idle(server[1].engine)
-
-
-def idle(loop):
-    """Waits until nobody is served."""
-    for _ in range(500):
-        if not loop.active and not loop.queued:
-            return
-        time.sleep(0.01)
-    raise AssertionError(f"{loop.active} slots are taken and {loop.queued} requests wait though nobody asks")
 
 
 def test_log_probabilities_are_the_model_s(model, client):

@@ -128,7 +128,7 @@ async def answer(
         for choice in range(asked.n)
     ]
     jobs = [each.job for each in answers]
-    submit(served, jobs)
+    await submit(served, jobs)
     made = Made(served, kind, answers, sum(map(len, prompts)), told)
     if asked.stream:
         ends = asked.stream_options is not None and asked.stream_options.include_usage
@@ -264,10 +264,10 @@ async def unless_left(
             job.cancel()
 
 
-def submit(served: Served, jobs: Sequence[engine_lib.Job]) -> None:
+async def submit(served: Served, jobs: Sequence[engine_lib.Job]) -> None:
     """Gives jobs to the engine; what it refuses is an answer in OpenAI's shape."""
     try:
-        served.engine.submit(jobs)
+        await asyncio.to_thread(served.engine.submit, jobs)
     except ValueError as error:
         raise shapes.Refused(400, str(error), "prompt") from None
     except engine_lib.Busy as error:

@@ -128,7 +128,7 @@ def _memories(app: fastapi.FastAPI, served: answers.Served) -> None:
         tokens = await asyncio.to_thread(encode, served.tokenizer, asked.text, begins=before is None)
         said = answers.Events()
         job = engine_lib.Job(tokens, said.deliver, 0, start=before)
-        answers.submit(served, [job])
+        await answers.submit(served, [job])
         events = answers.reading(said, len(tokens), lambda state: served.memories.keep(asked.name, state, len(tokens)))
         if asked.stream:
             return answers.stream(events, [job])
@@ -195,6 +195,7 @@ class _Metrics:
             "requests_waiting": (engine.queued, "Requests that wait for a slot."),
             "prefix_states": (len(engine.prefixes), "States of beginnings that are kept."),
             "prefix_bytes": (engine.prefixes.held, "Their bytes."),
+            "prefix_store_bytes": (engine.prefixes.store.held if engine.prefixes.store else 0, "Those in the store."),
         }
         counters = {
             "tokens_read": (engine.read_tokens, "Tokens of prompts that were read."),
