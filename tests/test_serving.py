@@ -6,6 +6,7 @@ Answers are compared with `generate` on the same prompts, whoever is served besi
 import asyncio
 import contextlib
 import json
+import os
 import queue
 import random
 import threading
@@ -187,6 +188,30 @@ def test_a_damaged_memory_is_one_clear_error(server):
     answer = httpx.post(f"{address}/v1/completions", json={"prompt": "x", "memory": "torn"})
     assert answer.status_code == 400 and "torn.state is not a saved state" in answer.json()["error"]["message"]
     serves.memories.remove("torn")
+
+
+def test_memories_survive_their_writers(model, tmp_path):
+    """Several that write one name leave one of them; what a killed one left half-written is swept."""
+    config, params, tokenizer = model
+    _, state = generation.prefill(params, config, [tokenizer.encode("the sea")])
+    kept = memories.Memories(tmp_path, config, "a" * 16)
+    threads = [threading.Thread(target=kept.keep, args=("sea", state, count)) for count in range(1, 9)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["sea.json", "sea.state"]
+    assert kept.start("sea").origin == kept.describe("sea")["id"].encode()
+    gone = f"{os.uname().nodename}-{2**22 + 1}-{'0' * 32}"  # no process has this number
+    left = [tmp_path / f".a.state.{gone}.partial", tmp_path / "a.state"]
+    for path in left:
+        path.write_bytes(b"half")
+    os.utime(left[1], (0, 0))
+    memories.Memories(tmp_path, config, "a" * 16)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["sea.json", "sea.state"]
+    (tmp_path / "sea.state").unlink()
+    assert kept.start("sea") is not None  # it is loaded
+    assert memories.Memories(tmp_path, config, "a" * 16).start("sea") is None
 
 
 @pytest.mark.parametrize(
