@@ -222,6 +222,12 @@ def test_memories_survive_their_writers(model, tmp_path):
         ("completions", {"prompt": ""}, 400, "prompt is empty"),
         ("completions", {"prompt": []}, 400, "empty list"),
         ("completions", {"prompt": [10**7]}, 400, "token ids in"),
+        ("completions", {"prompt": [-1], "stream": True}, 400, "token ids in"),
+        ("completions", {"prompt": [10**30]}, 400, "token ids in"),
+        ("completions", {"prompt": "x", "top_k": 10**30}, 400, "top_k"),
+        ("completions", {"prompt": "x\ud800"}, 400, "character 1 is half of a surrogate pair"),
+        ("chat/completions", {"messages": [{"role": "\ud800", "content": "x"}]}, 400, "surrogate pair"),
+        ("completions", {"prompt": "x", "model": "\ud800"}, 404, "this server has 'tiny'"),
         ("completions", {"prompt": "x", "max_tokens": 0}, 400, "max_tokens"),
         ("completions", {"prompt": "x", "temperature": -1}, 400, "temperature"),
         ("completions", {"prompt": "x", "stop": ""}, 400, "stop string is empty"),
@@ -237,7 +243,8 @@ def test_memories_survive_their_writers(model, tmp_path):
     ],
 )  # fmt: skip
 def test_errors_have_openai_s_shape(server, path, body, status, says):
-    answer = httpx.post(f"{server[0]}/v1/{path}", json=body)
+    headers = {"content-type": "application/json"}
+    answer = httpx.post(f"{server[0]}/v1/{path}", content=json.dumps(body), headers=headers)
     error = answer.json()["error"]
     assert answer.status_code == status and says in error["message"], error
     assert set(error) == {"message", "type", "param", "code"}
@@ -245,10 +252,13 @@ def test_errors_have_openai_s_shape(server, path, body, status, says):
 
 def test_broken_requests_are_refused(server):
     address, _ = server
-    for content in (b"", b"{", b"[1]", b"\xff\xfe", b'"x"', b"null", b'{"prompt": {"a": 1}}'):
+    for content in (b"", b"{", b"[1]", b"\xff\xfe", b'"x"', b"null", b'{"prompt": {"a": 1}}', b"[" * 9000):
         answer = httpx.post(f"{address}/v1/completions", content=content, headers={"content-type": "application/json"})
         assert answer.status_code == 400 and answer.json()["error"]["message"], content
-    assert httpx.get(f"{address}/v1/completions").status_code == 405
+    wrong = httpx.get(f"{address}/v1/completions")
+    assert wrong.status_code == 405 and wrong.headers["allow"] == "POST"
+    described = httpx.get(f"{address}/openapi.json").json()["paths"]["/v1/completions"]["post"]["responses"]
+    assert set(described) == {"200", "4XX", "5XX"} and "text/event-stream" in described["200"]["content"]
     assert httpx.get(f"{address}/health").json() == {"status": "ok"}
     assert "allmem_tokens_drawn_total" in httpx.get(f"{address}/metrics").text
     assert "<title>allmem</title>" in httpx.get(address).text

@@ -172,8 +172,7 @@ class Engine:
           Stopped: nobody serves any more.
         """
         for job in jobs:
-            ids = np.asarray(job.prompt, np.int64)
-            if not ids.size or ids.min() < 0 or ids.max() >= self.config.vocab_size:
+            if not len(job.prompt) or min(job.prompt) < 0 or max(job.prompt) >= self.config.vocab_size:
                 raise ValueError(f"a prompt must have token ids in [0, {self.config.vocab_size}), at least one")
             job._keys = self.prefixes.keys(job.prompt, job.start.origin if job.start else b"")
             self.prefixes.fetch(self._before(job))
