@@ -124,6 +124,32 @@ def test_chat_reads_each_turn_once(converted, capsys, monkeypatch):
     assert len(read) == 2 and read[0] > 12 and turn - 2 <= read[1] <= turn + 15  # the answer's five, in other tokens
 
 
+def test_a_chat_goes_on_from_what_was_read(converted, plain, book, tmp_path, capsys, monkeypatch):
+    state, torn = tmp_path / "book.state", tmp_path / "torn.state"
+    assert cli.main(["read", str(converted), str(book), "--out", str(state)]) == 0
+    before = state.read_bytes()
+    settings = ["--max-tokens", "5", "--temperature", "0"]
+    monkeypatch.setattr(sys, "stdin", io.StringIO("the whale?\nthe ship?\n"))
+    capsys.readouterr()
+    assert cli.main(["chat", str(converted), "--state", str(state), *settings]) == 0
+    answers = capsys.readouterr().out
+    config, params, tokenizer = allmem_jax.load_pretrained(converted)
+    _, start = generation.prefill(params, config, [tokenizer.encode(book.read_text())])
+    messages = []
+    for question in ("the whale?", "the ship?"):
+        messages.append({"role": "user", "content": question})
+        made = chat.complete(params, config, tokenizer, chat.render(tokenizer, messages), max_tokens=5, state=start)
+        messages.append({"role": "assistant", "content": "".join(made)})
+    assert answers == "".join(f"{message['content']}\n" for message in messages[1::2])
+    assert state.read_bytes() == before
+    torn.write_bytes(before[:-9])
+    assert "torn.state is not a saved state" in fails(capsys, "chat", converted, "--state", torn)
+    other = fails(capsys, "chat", converted, "--state", state, "--window", "16")
+    assert "book.state is the state of another model: window is 24 there and 16 here" in other
+    assert "mixer is allmem there and full here" in fails(capsys, "chat", plain, "--state", state)
+    assert "absent" in fails(capsys, "chat", converted, "--state", tmp_path / "absent")
+
+
 def test_evaluate_writes_the_report(converted, book, tmp_path, capsys):
     arguments = ["--length", "64", "--sequences", "2", "--batch", "2", "--out", str(tmp_path / "out")]
     assert cli.main(["evaluate", str(converted), str(book), *arguments]) == 0

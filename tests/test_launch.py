@@ -9,10 +9,12 @@ import subprocess
 import tomllib
 
 import pytest
+import test_cli
 import tyro
 
 from allmem_jax.model import config as config_lib
 from allmem_jax.model import sharding
+from allmem_jax.storage import stores
 from train import curriculum, finetune, on_policy, rollout
 from train.recipe import FinetuneConfig, read_recipe
 
@@ -85,9 +87,9 @@ def test_image_has_what_it_copies():
     let_in = (LAUNCH / "Dockerfile.dockerignore").read_text().splitlines()
     assert copied == {line[1:] for line in let_in if line.startswith("!")}
     assert all((ROOT / name).exists() for name in copied)
-    assert {"train", "tpu", "gpu"} <= tomllib.loads((ROOT / "pyproject.toml").read_text())["project"][
-        "optional-dependencies"
-    ].keys()
+    assert {"train", "serve", "stores", "tpu", "gpu"} <= tomllib.loads((ROOT / "pyproject.toml").read_text())[
+        "project"
+    ]["optional-dependencies"].keys()
 
 
 @pytest.mark.parametrize("name", ["slurm.sbatch", "tpu_vm.sh"])
@@ -120,6 +122,32 @@ def test_jobset_has_one_process_a_host_and_a_command_that_is_taken():
     ((module, words),) = commands(script)
     assert f"--local-devices={chips}" in words
     check(module, words)
+
+
+def test_the_server_s_manifest_fits_together_and_its_command_is_taken(monkeypatch):
+    documents = list(yaml.safe_load_all((LAUNCH / "serve.yaml").read_text()))
+    service, claim, deployment = documents
+    assert [each["kind"] for each in documents] == ["Service", "PersistentVolumeClaim", "Deployment"]
+    template = deployment["spec"]["template"]
+    assert (
+        service["spec"]["selector"] == deployment["spec"]["selector"]["matchLabels"] == template["metadata"]["labels"]
+    )
+    (container,) = template["spec"]["containers"]
+    (port,), (outer,) = container["ports"], service["spec"]["ports"]
+    assert outer["targetPort"] == port["name"]
+    for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
+        assert container[probe]["httpGet"] == {"path": "/health", "port": port["name"]}
+    mounted = {mount["mountPath"] for mount in container["volumeMounts"]}
+    assert {mount["name"] for mount in container["volumeMounts"]} == {
+        each["name"] for each in template["spec"]["volumes"]
+    }
+    assert template["spec"]["volumes"][0]["persistentVolumeClaim"]["claimName"] == claim["metadata"]["name"]
+    monkeypatch.setattr(stores, "local", pathlib.Path)  # nothing is fetched
+    module, name, *words = container["args"][1:]
+    given = test_cli.parsed(monkeypatch, name, words)
+    assert module == "allmem_jax" and given["port"] == port["containerPort"] and given["host"] == "0.0.0.0"
+    assert {str(given["memories"]), container["env"][1]["value"]} == mounted and stores.is_url(given["prefixes"])
+    assert container["env"][0]["name"] == "ALLMEM_API_KEY" and template["spec"]["terminationGracePeriodSeconds"] > 20
 
 
 def test_recipes_fit_the_meshes_of_their_commands():

@@ -75,7 +75,7 @@ def test_its_allmem_commands_run_or_parse(command, folder, monkeypatch, capsys):
     name, *arguments = shlex.split(command)[1:]
     place = arguments.index("...") if "..." in arguments else len(arguments)
     arguments[place : place + 1] = REST.get(name, []) if place < len(arguments) else []
-    if name in RUN and arguments and "--memory" not in arguments:  # the one that comes with it is not for a tiny model
+    if name in RUN and arguments and not {"--memory", "--state"} & {*arguments}:  # which are not for a tiny model
         monkeypatch.setattr(sys, "stdin", io.StringIO(""))
         assert cli.main([name, *arguments]) == 0
     elif arguments[-1:] and arguments[-1].startswith("--"):  # an option that is spoken of, without a value

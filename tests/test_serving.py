@@ -6,9 +6,9 @@ Answers are compared with `generate` on the same prompts, whoever is served besi
 import asyncio
 import contextlib
 import json
+import os
 import queue
 import random
-import socket
 import threading
 import time
 
@@ -17,54 +17,22 @@ import numpy as np
 import pytest
 import tiny_folder
 
-from allmem_jax.checkpoints import load
 from allmem_jax.checkpoints import tokenizer as tokenizer_lib
 from allmem_jax.decoding import chat, generation
 from allmem_jax.model import lm
 
 httpx, openai = pytest.importorskip("httpx"), pytest.importorskip("openai")  # what the core tests go without
-uvicorn = pytest.importorskip("uvicorn")
+pytest.importorskip("uvicorn")
 
-from allmem_jax.serving import answers, api, engine, memories, programs  # noqa: E402
+import tiny_server  # noqa: E402
+from tiny_server import PIECE, idle, running, served  # noqa: E402
 
-SLOTS, PIECE = 3, 8
+from allmem_jax.serving import engine, memories, programs  # noqa: E402
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    """A tiny converted model whose memory says something."""
-    path = tiny_folder.write(tmp_path_factory.mktemp("models") / "plain")
-    config, params, tokenizer = load.load_pretrained(path, mixer="allmem", window=16, sinks=2, chunk=4)
-    memory = params["layers"]["memory"]
-    params = params | {"layers": params["layers"] | {"memory": memory | {"alpha": 0.3 + 0 * memory["alpha"]}}}
-    return config, params, tokenizer
-
-
-def served(model, folder, **options):
-    config, params, tokenizer = model
-    made = {"slots": SLOTS, "piece": PIECE, "cache_bytes": 2**22} | options
-    own = {name: made.pop(name) for name in ("key", "body", "origins") if name in made}
-    loop = engine.Engine(params, config, **made)
-    kept = memories.Memories(folder, config, memories.fingerprint(params, config))
-    return answers.Served("tiny", tokenizer, loop, kept, most=12, **own)
-
-
-@contextlib.contextmanager
-def running(serves):
-    """The address of a server in a thread."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    server = uvicorn.Server(uvicorn.Config(api.application(serves), port=port, log_level="error"))
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    while not server.started:
-        time.sleep(0.02)
-    try:
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        server.should_exit = True
-        thread.join()
+    return tiny_server.model(tmp_path_factory.mktemp("models"))
 
 
 @pytest.fixture(scope="module")
@@ -133,15 +101,6 @@ def test_stop_strings_end_an_answer_and_free_its_slot(model, server, client):
     made = client.completions.create(model="tiny", prompt="the whale", max_tokens=12, temperature=0, stop=stop)
     assert made.choices[0].text == text[: text.index(stop)] and made.choices[0].finish_reason == "stop"
     idle(server[1].engine)
-
-
-def idle(loop):
-    """Waits until nobody is served."""
-    for _ in range(500):
-        if not loop.active and not loop.queued:
-            return
-        time.sleep(0.01)
-    raise AssertionError(f"{loop.active} slots are taken and {loop.queued} requests wait though nobody asks")
 
 
 def test_log_probabilities_are_the_model_s(model, client):
@@ -231,6 +190,30 @@ def test_a_damaged_memory_is_one_clear_error(server):
     serves.memories.remove("torn")
 
 
+def test_memories_survive_their_writers(model, tmp_path):
+    """Several that write one name leave one of them; what a killed one left half-written is swept."""
+    config, params, tokenizer = model
+    _, state = generation.prefill(params, config, [tokenizer.encode("the sea")])
+    kept = memories.Memories(tmp_path, config, "a" * 16)
+    threads = [threading.Thread(target=kept.keep, args=("sea", state, count)) for count in range(1, 9)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["sea.json", "sea.state"]
+    assert kept.start("sea").origin == kept.describe("sea")["id"].encode()
+    gone = f"{os.uname().nodename}-{2**22 + 1}-{'0' * 32}"  # no process has this number
+    left = [tmp_path / f".a.state.{gone}.partial", tmp_path / "a.state"]
+    for path in left:
+        path.write_bytes(b"half")
+    os.utime(left[1], (0, 0))
+    memories.Memories(tmp_path, config, "a" * 16)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["sea.json", "sea.state"]
+    (tmp_path / "sea.state").unlink()
+    assert kept.start("sea") is not None  # it is loaded
+    assert memories.Memories(tmp_path, config, "a" * 16).start("sea") is None
+
+
 @pytest.mark.parametrize(
     ("path", "body", "status", "says"),
     [
@@ -239,6 +222,12 @@ def test_a_damaged_memory_is_one_clear_error(server):
         ("completions", {"prompt": ""}, 400, "prompt is empty"),
         ("completions", {"prompt": []}, 400, "empty list"),
         ("completions", {"prompt": [10**7]}, 400, "token ids in"),
+        ("completions", {"prompt": [-1], "stream": True}, 400, "token ids in"),
+        ("completions", {"prompt": [10**30]}, 400, "token ids in"),
+        ("completions", {"prompt": "x", "top_k": 10**30}, 400, "top_k"),
+        ("completions", {"prompt": "x\ud800"}, 400, "character 1 is half of a surrogate pair"),
+        ("chat/completions", {"messages": [{"role": "\ud800", "content": "x"}]}, 400, "surrogate pair"),
+        ("completions", {"prompt": "x", "model": "\ud800"}, 404, "this server has 'tiny'"),
         ("completions", {"prompt": "x", "max_tokens": 0}, 400, "max_tokens"),
         ("completions", {"prompt": "x", "temperature": -1}, 400, "temperature"),
         ("completions", {"prompt": "x", "stop": ""}, 400, "stop string is empty"),
@@ -254,7 +243,8 @@ def test_a_damaged_memory_is_one_clear_error(server):
     ],
 )  # fmt: skip
 def test_errors_have_openai_s_shape(server, path, body, status, says):
-    answer = httpx.post(f"{server[0]}/v1/{path}", json=body)
+    headers = {"content-type": "application/json"}
+    answer = httpx.post(f"{server[0]}/v1/{path}", content=json.dumps(body), headers=headers)
     error = answer.json()["error"]
     assert answer.status_code == status and says in error["message"], error
     assert set(error) == {"message", "type", "param", "code"}
@@ -262,10 +252,13 @@ def test_errors_have_openai_s_shape(server, path, body, status, says):
 
 def test_broken_requests_are_refused(server):
     address, _ = server
-    for content in (b"", b"{", b"[1]", b"\xff\xfe", b'"x"', b"null", b'{"prompt": {"a": 1}}'):
+    for content in (b"", b"{", b"[1]", b"\xff\xfe", b'"x"', b"null", b'{"prompt": {"a": 1}}', b"[" * 9000):
         answer = httpx.post(f"{address}/v1/completions", content=content, headers={"content-type": "application/json"})
         assert answer.status_code == 400 and answer.json()["error"]["message"], content
-    assert httpx.get(f"{address}/v1/completions").status_code == 405
+    wrong = httpx.get(f"{address}/v1/completions")
+    assert wrong.status_code == 405 and wrong.headers["allow"] == "POST"
+    described = httpx.get(f"{address}/openapi.json").json()["paths"]["/v1/completions"]["post"]["responses"]
+    assert set(described) == {"200", "4XX", "5XX"} and "text/event-stream" in described["200"]["content"]
     assert httpx.get(f"{address}/health").json() == {"status": "ok"}
     assert "allmem_tokens_drawn_total" in httpx.get(f"{address}/metrics").text
     assert "<title>allmem</title>" in httpx.get(address).text

@@ -23,6 +23,8 @@ def serve(
     max_tokens: int = 1024,
     memories: pathlib.Path = pathlib.Path("out/memories"),
     cache_mb: int = 1024,
+    prefixes: str | None = None,
+    prefixes_mb: int = 4096,
     body_mb: int = 64,
     key: str | None = None,
     origins: Annotated[tuple[str, ...], tyro.conf.arg(metavar="URL ...")] = (),
@@ -45,6 +47,8 @@ def serve(
         max_tokens: Of a chat's answer, where the request says nothing.
         memories: Folder for what was read once.
         cache_mb: For states of beginnings that several requests share.
+        prefixes: Folder or URL where these are kept beyond that; a restarted server has them, and all that share it.
+        prefixes_mb: At most there; what was not used for longest is removed.
         body_mb: Size of the largest request.
         key: What clients must send as their API key; also read from ALLMEM_API_KEY, where others cannot see it.
         origins: Other sites whose pages may use it (CORS).
@@ -52,20 +56,25 @@ def serve(
     try:
         import uvicorn
 
-        from allmem_jax.serving import answers, api, engine
+        from allmem_jax.serving import answers, api, engine, prefix_store
         from allmem_jax.serving import memories as memories_lib
     except ImportError as error:
         raise ValueError(f"serving needs more packages ({error}): pip install 'allmem-jax[serve]'") from None
+    from allmem_jax.storage import stores
 
     options.check_folder(memories)
+    if prefixes is not None:
+        stores.check_writable(prefixes, "prefixes")
     config, params, tokenizer = options.load_model(model, mixing)
     options.check_window(mixing, [config.mixer])
-    kept = memories_lib.Memories(memories, config, memories_lib.fingerprint(params, config))
+    which = memories_lib.fingerprint(params, config)
+    kept = memories_lib.Memories(memories, config, which)
+    store = None if prefixes is None else prefix_store.PrefixStore(prefixes, config, which, prefixes_mb * 2**20)
     sizes = dict(slots=slots, piece=piece, waiting=waiting, cache_bytes=cache_mb * 2**20)
     served = answers.Served(
         name or model.stem,
         tokenizer,
-        engine.Engine(params, config, **sizes),
+        engine.Engine(params, config, **sizes, store=store),
         kept,
         max_tokens,
         body_mb * 2**20,

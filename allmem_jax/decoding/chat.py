@@ -206,6 +206,7 @@ class Conversation:
       messages: what was said, as chat templates take it.
       stop: texts that end a reply, without being part of it.
       thinking: the template's switch `enable_thinking`, or None.
+      start: what was read before the chat, one row, which is left as it is; None for nothing.
     """
 
     params: lm.Params
@@ -218,6 +219,7 @@ class Conversation:
     messages: list[dict[str, str]] = dataclasses.field(default_factory=list)
     stop: Sequence[str] = ()
     thinking: bool | None = None
+    start: state_lib.DecodeState | None = None
     _tokens: list[int] = dataclasses.field(default_factory=list)  # what the state has read
     _state: state_lib.DecodeState | None = None
     _replying: weakref.ref[Generator[str, None, None]] | None = None
@@ -296,8 +298,9 @@ class Conversation:
                 f"the chat may reach {longest} tokens and full attention was given a cache of {self.context}: "
                 "start again with a larger --context, or with a converted model, which needs none"
             )
-        if len(self._tokens) <= self.config.max_length:  # once
-            generation.warn_beyond(self.config, prompt, self.max_tokens)
+        past = 0 if self.start is None else int(self.start.position[0])
+        if not self._tokens or past + len(self._tokens) <= self.config.max_length:  # once
+            generation.warn_beyond(self.config, past + prompt, self.max_tokens)
 
     def _resume(self, prompt: list[int]) -> tuple[int, state_lib.DecodeState]:
         """The longest beginning of `prompt` that was read already, and the state after it."""
@@ -305,7 +308,7 @@ class Conversation:
             if after is not None and count < len(prompt) and self._tokens[:count] == prompt[:count]:
                 return count, after
         room = self.context or len(prompt) + self.max_tokens
-        return 0, generation.with_room(self.config, None, 1, room)[1]
+        return 0, generation.with_room(self.config, self.start, 1, room)[1]
 
     def _lasting(self, messages: Messages, prompt: list[int]) -> int:
         """How many tokens of `prompt` the template keeps when the chat goes on."""

@@ -109,16 +109,20 @@ def state_bytes(config: config_lib.ModelConfig, batch: int = 1) -> int:
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes))
 
 
-def save_state(path: str | os.PathLike[str], config: config_lib.ModelConfig, state: DecodeState) -> None:
+def save_state(path: str | os.PathLike[str], config: config_lib.ModelConfig, state: DecodeState) -> int:
     """Writes a state as one safetensors file, whole or not at all: read a book once, ask it later.
 
     Args:
       path: the file, or its URL.
       config: of the model that made the state; it goes into the file.
       state: any number of rows.
+
+    Returns:
+      The bytes of the file.
     """
     content = safetensors.flax.save(_named(state), metadata={"config": config.to_json()})
     files.write(path, content)
+    return len(content)
 
 
 def load_state(path: str | os.PathLike[str], config: config_lib.ModelConfig) -> DecodeState:

@@ -71,21 +71,21 @@ class Answer:
 
     def __init__(self, served: Served, prompt: Sequence[int], stops: Sequence[str], max_tokens: int, *draws: Any):
         """`prompt` is what the answer follows; `stops` end it; `max_tokens` and `draws` are as in `engine.Job`."""
-        self._events = Events()
-        self._decoder, self._stopper = chat_lib.Decoder(served.tokenizer, prompt), chat_lib.Stopper(stops)
+        self._events, self._tokenizer, self._stopper = Events(), served.tokenizer, chat_lib.Stopper(stops)
         self.job = engine_lib.Job(prompt, self._events.deliver, max_tokens, *draws)
         self.cached, self.drawn, self.reason = 0, 0, ""
 
     async def pieces(self) -> AsyncIterator[tuple[str, list[engine_lib.Token]]]:
         """Yields text that can be shown with the tokens since the text before it; sets `reason` at the end."""
         tokens: list[engine_lib.Token] = []
+        decoder = chat_lib.Decoder(self._tokenizer, self.job.prompt)
         async for event in self._events.until_finished():
             if isinstance(event, engine_lib.Read):
                 self.cached = event.cached
                 continue
             self.drawn += 1
             tokens.append(event)
-            if text := self._stopper.push(self._decoder.push(event.id)):
+            if text := self._stopper.push(decoder.push(event.id)):
                 yield text, tokens
                 tokens = []
             if self._stopper.stopped:
@@ -93,7 +93,7 @@ class Answer:
                 self.reason = "stop"
                 return
         assert self._events.finished is not None
-        rest = self._stopper.push(self._decoder.finish())
+        rest = self._stopper.push(decoder.finish())
         if not self._stopper.stopped:
             rest += self._stopper.finish()
         self.reason = "stop" if self._stopper.stopped else self._events.finished.reason
@@ -128,7 +128,7 @@ async def answer(
         for choice in range(asked.n)
     ]
     jobs = [each.job for each in answers]
-    submit(served, jobs)
+    await submit(served, jobs)
     made = Made(served, kind, answers, sum(map(len, prompts)), told)
     if asked.stream:
         ends = asked.stream_options is not None and asked.stream_options.include_usage
@@ -264,10 +264,10 @@ async def unless_left(
             job.cancel()
 
 
-def submit(served: Served, jobs: Sequence[engine_lib.Job]) -> None:
+async def submit(served: Served, jobs: Sequence[engine_lib.Job]) -> None:
     """Gives jobs to the engine; what it refuses is an answer in OpenAI's shape."""
     try:
-        served.engine.submit(jobs)
+        await asyncio.to_thread(served.engine.submit, jobs)
     except ValueError as error:
         raise shapes.Refused(400, str(error), "prompt") from None
     except engine_lib.Busy as error:

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import json
 import pathlib
 import secrets
 from collections.abc import AsyncIterator, Callable
@@ -20,6 +21,11 @@ from allmem_jax.serving import answers, shapes
 from allmem_jax.serving import engine as engine_lib
 
 PAGE = pathlib.Path(__file__).with_name("page.html")
+_FAILURE: dict[int | str, dict[str, Any]] = {  # what the description of the interface says of every request
+    "4XX": {"model": shapes.Failure, "description": "Refused: the message says why."},
+    "5XX": {"model": shapes.Failure, "description": "Stopping, or failed."},
+}
+_STREAM: dict[int | str, dict[str, Any]] = {200: {"content": {"application/json": {}, "text/event-stream": {}}}}
 
 
 def application(served: answers.Served) -> fastapi.FastAPI:
@@ -31,9 +37,10 @@ def application(served: answers.Served) -> fastapi.FastAPI:
         yield
         await asyncio.to_thread(served.engine.stop)
 
-    app = fastapi.FastAPI(title="allmem", lifespan=life, docs_url=None, redoc_url=None)
+    app = fastapi.FastAPI(title="allmem", lifespan=life, docs_url=None, redoc_url=None, responses=_FAILURE)
     app.add_exception_handler(shapes.Refused, _refused)
     app.add_exception_handler(fastapi.exceptions.RequestValidationError, _invalid)
+    app.add_exception_handler(400, _unread)
     app.add_exception_handler(404, _missing)
     app.add_exception_handler(405, _missing)
     app.add_middleware(_Guard, served=served)
@@ -64,7 +71,7 @@ def _open(app: fastapi.FastAPI, served: answers.Served) -> None:
         failed = served.engine.failed
         return fastapi.responses.JSONResponse({"status": failed or "ok"}, status_code=503 if failed else 200)
 
-    @app.get("/metrics")
+    @app.get("/metrics", response_class=fastapi.responses.PlainTextResponse)
     async def metrics() -> fastapi.Response:
         kind = "text/plain; version=0.0.4; charset=utf-8"
         return fastapi.Response(prometheus_client.generate_latest(registry), media_type=kind)
@@ -85,7 +92,7 @@ def _open(app: fastapi.FastAPI, served: answers.Served) -> None:
 def _answers(app: fastapi.FastAPI, served: answers.Served) -> None:
     """Completions and chats."""
 
-    @app.post("/v1/completions")
+    @app.post("/v1/completions", responses=_STREAM)
     async def completions(asked: shapes.Completion, http: fastapi.Request) -> Any:
         start = await _begin(served, asked)
         prompts = [_encode(served, prompt, start) for prompt in asked.prompts]
@@ -95,7 +102,7 @@ def _answers(app: fastapi.FastAPI, served: answers.Served) -> None:
             served, http, asked, prompts, start, asked.max_tokens, asked.logprobs, "text_completion"
         )
 
-    @app.post("/v1/chat/completions")
+    @app.post("/v1/chat/completions", responses=_STREAM)
     async def chats(asked: shapes.Chat, http: fastapi.Request) -> Any:
         start = await _begin(served, asked)
         try:
@@ -121,14 +128,14 @@ def _memories(app: fastapi.FastAPI, served: answers.Served) -> None:
             raise _absent(name)
         return {"name": name, "deleted": True}
 
-    @app.post("/v1/memories")
+    @app.post("/v1/memories", responses=_STREAM)
     async def made(asked: shapes.NewMemory, http: fastapi.Request) -> Any:
         before = await _start(served, asked.memory)
         encode = tokenizer_lib.encode_prompt
         tokens = await asyncio.to_thread(encode, served.tokenizer, asked.text, begins=before is None)
         said = answers.Events()
         job = engine_lib.Job(tokens, said.deliver, 0, start=before)
-        answers.submit(served, [job])
+        await answers.submit(served, [job])
         events = answers.reading(said, len(tokens), lambda state: served.memories.keep(asked.name, state, len(tokens)))
         if asked.stream:
             return answers.stream(events, [job])
@@ -195,6 +202,7 @@ class _Metrics:
             "requests_waiting": (engine.queued, "Requests that wait for a slot."),
             "prefix_states": (len(engine.prefixes), "States of beginnings that are kept."),
             "prefix_bytes": (engine.prefixes.held, "Their bytes."),
+            "prefix_store_bytes": (engine.prefixes.store.held if engine.prefixes.store else 0, "Those in the store."),
         }
         counters = {
             "tokens_read": (engine.read_tokens, "Tokens of prompts that were read."),
@@ -231,7 +239,8 @@ class _Guard:
 
 
 def _json(refused: shapes.Refused) -> fastapi.Response:
-    return fastapi.responses.JSONResponse(refused.body, status_code=refused.status)
+    content = json.dumps(refused.body)  # in ASCII: it may repeat what is no Unicode
+    return fastapi.Response(content, refused.status, media_type="application/json")
 
 
 async def _refused(_: fastapi.Request, error: Any) -> fastapi.Response:
@@ -245,6 +254,13 @@ async def _invalid(_: fastapi.Request, error: Any) -> fastapi.Response:
     return _json(shapes.Refused(400, f"{place or 'the request'}: {first['msg']}", place or None, first["type"]))
 
 
+async def _unread(_: fastapi.Request, error: Any) -> fastapi.Response:
+    """A body that cannot even be parsed, as it is no Unicode or has no end of brackets."""
+    return _json(shapes.Refused(400, f"{error.detail}: send JSON in UTF-8"))
+
+
 async def _missing(http: fastapi.Request, error: Any) -> fastapi.Response:
     """A place or method that is not there."""
-    return _json(shapes.Refused(error.status_code, f"there is no {http.method} {http.url.path} here"))
+    answer = _json(shapes.Refused(error.status_code, f"there is no {http.method} {http.url.path} here"))
+    answer.headers.update(error.headers or {})  # with 405, the methods that there are
+    return answer

@@ -20,7 +20,7 @@ from allmem_jax.decoding import generation
 from allmem_jax.model import config as config_lib
 from allmem_jax.model import lm
 from allmem_jax.model import state as state_lib
-from allmem_jax.serving import prefixes, programs
+from allmem_jax.serving import prefix_store, prefixes, programs
 
 
 class Busy(Exception):
@@ -105,7 +105,7 @@ class Job:
 
 
 class Engine:
-    """The loop, in a thread of its own, which alone touches the device."""
+    """The loop, in a thread of its own, which alone computes."""
 
     def __init__(
         self,
@@ -116,6 +116,7 @@ class Engine:
         piece: int = 256,
         waiting: int = 64,
         cache_bytes: int = 2**30,
+        store: prefix_store.PrefixStore | None = None,
     ):
         """Compiles nothing yet.
 
@@ -126,14 +127,17 @@ class Engine:
           piece: tokens of a prompt that are read between two decoded tokens.
           waiting: requests that may wait for a slot.
           cache_bytes: of the states of beginnings that were read before.
+          store: for such states, beyond those.
         """
         if config.mixer == "full":
             raise ValueError("full attention has no state of constant size: serve with --memory, or --mixer swa")
         for name, value, least in (("slots", slots, 1), ("piece", piece, 1), ("waiting", waiting, 0)):
             if value < least:
                 raise ValueError(f"{name}={value} must be at least {least}")
+        if store is not None and cache_bytes < state_lib.state_bytes(config):
+            raise ValueError(f"cache_bytes={cache_bytes} must hold a state from the store: give more")
         self.params, self.config, self.slots, self.piece, self.waiting = params, config, slots, piece, waiting
-        self.prefixes = prefixes.Prefixes(piece, cache_bytes)
+        self.prefixes = prefixes.Prefixes(piece, cache_bytes, store)
         self.read_tokens = self.drawn_tokens = self.steps = 0
         self._queue: collections.deque[Job] = collections.deque()
         self._reading: collections.deque[Job] = collections.deque()
@@ -145,6 +149,8 @@ class Engine:
 
     def start(self) -> None:
         """Starts the thread, which compiles all programs first."""
+        if self.prefixes.store is not None:
+            self.prefixes.store.start()
         self._thread.start()
 
     def stop(self) -> None:
@@ -154,9 +160,11 @@ class Engine:
             self._wake.notify()
         if self._thread.is_alive():
             self._thread.join()
+        if self.prefixes.store is not None:
+            self.prefixes.store.stop()
 
     def submit(self, jobs: Sequence[Job]) -> None:
-        """Takes all of `jobs`, or none.
+        """Takes all of `jobs`, or none. With a store, a state may be read first.
 
         Raises:
           ValueError: a prompt that is empty or not of this vocabulary.
@@ -164,9 +172,10 @@ class Engine:
           Stopped: nobody serves any more.
         """
         for job in jobs:
-            ids = np.asarray(job.prompt, np.int64)
-            if not ids.size or ids.min() < 0 or ids.max() >= self.config.vocab_size:
+            if not len(job.prompt) or min(job.prompt) < 0 or max(job.prompt) >= self.config.vocab_size:
                 raise ValueError(f"a prompt must have token ids in [0, {self.config.vocab_size}), at least one")
+            job._keys = self.prefixes.keys(job.prompt, job.start.origin if job.start else b"")
+            self.prefixes.fetch(self._before(job))
         with self._wake:
             if self._failed or self._stopping:
                 raise Stopped(self._failed or "the server is stopping")
@@ -257,7 +266,7 @@ class Engine:
             job._read += len(part)
             self.read_tokens += len(part)
             if len(part) == self.piece:
-                self.prefixes.keep(job._keys[job._read // self.piece - 1], job._state, job._logits)
+                self.prefixes.keep(job._keys[job._read // self.piece - 1], job._state)
         job.deliver(Read(job._read, job._cached))
         if job._read < len(job.prompt):
             self._reading.append(job)
@@ -272,13 +281,16 @@ class Engine:
     def _skip(self, job: Job) -> None:
         """Goes on from the longest beginning of the prompt that anyone has read; at first, from its start."""
         if job._state is None:
-            job._keys = self.prefixes.keys(job.prompt, job.start.origin if job.start else b"")
             job._state, job._logits = job.start.state if job.start else self._fresh, self._blank
-        count, entry = self.prefixes.longest(job._keys)
-        if entry is not None and count * self.piece > job._read:
+        count, state = self.prefixes.longest(self._before(job))
+        if state is not None and count * self.piece > job._read:
             job._cached += count * self.piece - job._read
             job._read = count * self.piece
-            job._state, job._logits = entry
+            job._state = state
+
+    def _before(self, job: Job) -> Sequence[bytes]:
+        """Keys of the pieces that leave something to read, as the answer begins with what the last token predicts."""
+        return job._keys[: (len(job.prompt) - 1) // self.piece]
 
     def _seat(self, slot: int, state: state_lib.DecodeState, logits: jax.Array) -> None:
         where = jnp.asarray(slot, jnp.int32)

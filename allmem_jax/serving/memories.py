@@ -4,11 +4,13 @@ A memory is one file, NAME.state (`allmem_jax.save_state`), and NAME.json beside
 what it has read. The second is written last, so that a memory is there as a whole or not at all.
 """
 
+import contextlib
 import functools
 import hashlib
 import json
 import pathlib
 import re
+import threading
 import time
 import uuid
 from typing import Any
@@ -40,8 +42,16 @@ class Memories:
     """The memories in one folder that are of one model."""
 
     def __init__(self, folder: pathlib.Path, config: config_lib.ModelConfig, model: str):
-        """`folder` is made when the first is kept; `model` is the fingerprint of the model."""
+        """`folder` is made when the first is kept; `model` is the fingerprint of the model.
+
+        What a server that was killed left half-written is removed.
+        """
         self.folder, self.config, self.model = folder, config, model
+        self._writing = threading.Lock()
+        files.sweep(folder)
+        for state in folder.glob("*.state"):
+            if not state.with_suffix(".json").exists() and files.old(state):
+                state.unlink(missing_ok=True)
         self._load = functools.lru_cache(_HELD)(self._read)
 
     def keep(self, name: str, state: state_lib.DecodeState, tokens: int) -> dict[str, Any]:
@@ -55,10 +65,10 @@ class Memories:
             "created": int(time.time()),
         }
         path = self._path(name)
-        path.with_suffix(".json").unlink(missing_ok=True)
-        state_lib.save_state(path, self.config, state)
-        about["bytes"] = path.stat().st_size
-        files.write(path.with_suffix(".json"), json.dumps(about).encode())
+        with self._writing:  # of two of one name both files are one's
+            path.with_suffix(".json").unlink(missing_ok=True)
+            about["bytes"] = state_lib.save_state(path, self.config, state)
+            files.write(path.with_suffix(".json"), json.dumps(about))
         return about
 
     def describe(self, name: str) -> dict[str, Any] | None:
@@ -73,7 +83,7 @@ class Memories:
     def all(self) -> list[dict[str, Any]]:
         """What is known of every memory of this model, by name."""
         names = sorted(path.stem for path in self.folder.glob("*.json") if NAME.fullmatch(path.stem))
-        return [about for about in map(self.describe, names) if about and about["model"] == self.model]
+        return [about for about in map(self.describe, names) if about and about.get("model") == self.model]
 
     def start(self, name: str) -> engine.Start | None:
         """What a request with this memory goes on from; None where there is none of this name.
@@ -86,7 +96,9 @@ class Memories:
             return None
         if about.get("model") != self.model:
             raise ValueError(f"memory {name!r} was made by another model: read its text again with this one")
-        return self._load(name, str(about.get("id")))
+        with contextlib.suppress(FileNotFoundError):  # deleted meanwhile
+            return self._load(name, str(about.get("id")))
+        return None
 
     def remove(self, name: str) -> bool:
         """Deletes a memory; False where there is none. Requests that go on from it are not disturbed."""

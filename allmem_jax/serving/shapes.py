@@ -17,6 +17,18 @@ MOST_CHOICES = 16
 _Count = Annotated[int, pydantic.Field(ge=1)]
 
 
+def _whole(text: str) -> str:
+    """`text`, or a ValueError where JSON's escapes left half of a surrogate pair in it, which no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"character {error.start} is half of a surrogate pair, which is no text") from None
+    return text
+
+
+_Text = Annotated[str, pydantic.AfterValidator(_whole)]
+
+
 class Refused(Exception):
     """An answer other than 200, as OpenAI's clients expect it."""
 
@@ -27,6 +39,21 @@ class Refused(Exception):
         kind = kinds.get(status, "invalid_request_error" if status < 500 else "server_error")
         self.status = status
         self.body = {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+class Problem(pydantic.BaseModel):
+    """What was wrong with a request, `param` in which field; `code` is for programs."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class Failure(pydantic.BaseModel):
+    """The body of a `Refused`."""
+
+    error: Problem
 
 
 class StreamOptions(pydantic.BaseModel):
@@ -42,10 +69,10 @@ class Common(pydantic.BaseModel):
     memory: str | None = None
     temperature: float = pydantic.Field(1.0, ge=0, le=100)
     top_p: float = pydantic.Field(1.0, gt=0, le=1)
-    top_k: int = pydantic.Field(0, ge=0)
+    top_k: int = pydantic.Field(0, ge=0, lt=2**31)
     n: int = pydantic.Field(1, ge=1, le=MOST_CHOICES)
     seed: int | None = None
-    stop: str | list[str] | None = None
+    stop: _Text | list[_Text] | None = None
     stream: bool = False
     stream_options: StreamOptions | None = None
     # Refused unless they say nothing.
@@ -81,7 +108,7 @@ class Common(pydantic.BaseModel):
 class Completion(Common):
     """POST /v1/completions."""
 
-    prompt: str | list[int] | list[str] | list[list[int]]
+    prompt: _Text | list[int] | list[_Text] | list[list[int]]
     max_tokens: _Count = 16
     logprobs: int | None = pydantic.Field(None, ge=0, le=20)
 
@@ -97,14 +124,14 @@ class Part(pydantic.BaseModel):
     """A part of a message's content."""
 
     type: Literal["text"]
-    text: str
+    text: _Text
 
 
 class Message(pydantic.BaseModel):
     """A message of a chat."""
 
-    role: str
-    content: str | list[Part] | None = None
+    role: _Text
+    content: _Text | list[Part] | None = None
 
     def plain(self) -> dict[str, str]:
         """As chat templates take it."""
@@ -126,7 +153,7 @@ class NewMemory(pydantic.BaseModel):
     """POST /v1/memories."""
 
     name: str = pydantic.Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
-    text: str = pydantic.Field(min_length=1)
+    text: _Text = pydantic.Field(min_length=1)
     memory: str | None = None
     stream: bool = False
 

@@ -7,6 +7,7 @@ be deleted when nothing runs.
 """
 
 import contextlib
+import datetime
 import hashlib
 import json
 import logging
@@ -109,6 +110,18 @@ def names(path: AnyPath) -> list[str]:
     return ["."] if folder.is_file() else inside
 
 
+def listed(path: AnyPath) -> dict[str, tuple[int, float]]:
+    """Bytes and time of writing, in seconds since 1970, of each file below a folder; names are those of `names`."""
+    if is_url(path):
+        return {name: (info["size"], _written(info)) for name, info in _listing(path).items()}
+    found = {}
+    for name in names(path):
+        with contextlib.suppress(FileNotFoundError):  # removed meanwhile
+            stat = pathlib.Path(path, name).stat()
+            found[name] = stat.st_size, stat.st_mtime
+    return found
+
+
 def taken(path: AnyPath) -> bool:
     """Whether there is a file at a path, or a folder that holds something."""
     if is_url(path):
@@ -136,9 +149,13 @@ def put(folder: pathlib.Path, wanted: Iterable[str], url: AnyPath) -> None:
         system.put([here for here, _ in pairs], [there for _, there in pairs], callback=_bar(url))
 
 
-def remove(url: AnyPath, wanted: Iterable[str]) -> None:
-    """Removes files below a URL, in this order."""
-    with _opened(url, "removed") as (system, root):
+def remove(path: AnyPath, wanted: Iterable[str]) -> None:
+    """Removes files below a folder, in this order."""
+    if not is_url(path):
+        for name in wanted:
+            pathlib.Path(path, name).unlink()
+        return
+    with _opened(path, "removed") as (system, root):
         for name in wanted:
             system.rm_file(_at(root, name))
 
@@ -189,13 +206,24 @@ def scratch(name: str) -> Iterator[pathlib.Path]:
     cache().mkdir(parents=True, exist_ok=True)
     host = platform.node()
     for left in cache().glob(f".part-{host}-*"):
-        if not _alive(int(left.name.split("-")[-2])):
+        if not alive(int(left.name.split("-")[-2])):
             shutil.rmtree(left, ignore_errors=True)
     parent = tempfile.mkdtemp(prefix=f".part-{host}-{os.getpid()}-", dir=cache())
     try:
         yield pathlib.Path(parent, name)
     finally:
         shutil.rmtree(parent, ignore_errors=True)
+
+
+def alive(process: int) -> bool:
+    """Whether a process of this number runs here."""
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # somebody else's
+        pass
+    return True
 
 
 def check_writable(path: AnyPath, field: str = "out") -> None:
@@ -256,18 +284,14 @@ def _listing(url: AnyPath) -> dict[str, Any]:
     return {str(file): info for file, info in files.items() if file not in folders and info["type"] == "file"}
 
 
+def _written(info: dict[str, Any]) -> float:
+    """The time of writing, as kinds of stores call it: here and in gs://, in s3://, in memory://."""
+    at = info.get("mtime") or info.get("LastModified") or info.get("created") or 0.0
+    return at.timestamp() if isinstance(at, datetime.datetime) else float(at)
+
+
 def _at(root: str, name: str) -> str:
     return root if name == "." else f"{root}/{name}"
-
-
-def _alive(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:  # somebody else's
-        pass
-    return True
 
 
 def _stamps(folder: pathlib.Path) -> dict[str, tuple[int, int]]:
