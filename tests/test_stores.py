@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import pathlib
+import re
 
 import fsspec
 import jax
@@ -13,7 +14,7 @@ import allmem_jax
 from allmem_jax import cli
 from allmem_jax.checkpoints import load as load_lib
 from allmem_jax.model import state
-from allmem_jax.storage import files, stores
+from allmem_jax.storage import files, jit_cache, stores
 from tests import tiny_folder
 from train import finetune
 from train.data import documents
@@ -258,3 +259,27 @@ def test_texts_come_from_a_store(tmp_path, url):
     assert [len(document) for document in found] == [len(TEXT), 7]
     with pytest.raises(ValueError, match="must be a local path"):
         documents.load_documents([url], tiny.ByteTokenizer(), f"{url}/tokens")
+
+
+def test_compiled_programs_are_kept_where_jax_was_told_of_no_other_place(tmp_path, monkeypatch):
+    changed = (
+        "jax_compilation_cache_dir",
+        "jax_compilation_cache_max_size",
+        "jax_persistent_cache_min_compile_time_secs",
+    )
+    before = {name: getattr(jax.config, name) for name in changed}
+    monkeypatch.setenv("ALLMEM_CACHE", str(tmp_path))
+    try:
+        jax.config.update("jax_compilation_cache_dir", "elsewhere")
+        jit_cache.keep()
+        assert jax.config.jax_compilation_cache_dir == "elsewhere"
+        jax.config.update("jax_compilation_cache_dir", None)
+        with monkeypatch.context() as off:
+            off.setattr(jit_cache, "_processor", lambda: "one")
+            jit_cache.keep()
+        assert jax.config.jax_compilation_cache_dir == str(tmp_path / "compiled" / "one")
+        assert jax.config.jax_compilation_cache_max_size == 2**31  # and so it is locked
+        assert re.fullmatch("[0-9a-f]{12}", jit_cache._processor())
+    finally:
+        for name, value in before.items():
+            jax.config.update(name, value)

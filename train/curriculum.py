@@ -19,7 +19,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from allmem_jax.checkpoints import memory_file
-from allmem_jax.storage import stores
+from allmem_jax.storage import jit_cache, stores
 from train import errors, finetune
 from train.loop import distributed, models
 from train.recipe import FinetuneConfig, parse, recipe_fields
@@ -87,6 +87,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             raise ValueError("no recipe is named: give a file with `config` and `stages` before all options")
         stages = runpy.run_path(arguments[0]).get("stages", ())
         card = stores.read(command.card).decode() if command.card else ""
+        jit_cache.keep()
         distributed.join(command)
         path = run(FinetuneConfig(**recipe_fields(command)), stages, card)
         if distributed.main_process():

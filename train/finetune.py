@@ -19,7 +19,7 @@ import jax
 from jax.sharding import Mesh
 
 from allmem_jax.model import lm, sharding
-from allmem_jax.storage import files, stores
+from allmem_jax.storage import files, jit_cache, stores
 from train import errors
 from train.data import stream as stream_lib
 from train.loop import batches, checkpoint, compiled, distributed, evaluation, metrics, models, plan
@@ -172,6 +172,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if command.compile_only:
             print(plan.make(config, command.compile_only, command.mfu))
             return
+        jit_cache.keep()
         distributed.join(command)
         out = run(config)
         if distributed.main_process():

@@ -18,7 +18,7 @@ from pathlib import Path
 import jax
 
 from allmem_jax.model import lm, sharding
-from allmem_jax.storage import stores
+from allmem_jax.storage import jit_cache, stores
 from train import errors, finetune
 from train import rollout as rollout_lib
 from train.data import prompts as prompts_lib
@@ -98,6 +98,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         command = parse(Command, "train.on_policy", __doc__ or "", arguments)
         if not command.prompts:
             raise ValueError("prompts is not set: give --prompts FILE")
+        jit_cache.keep()
         distributed.join(command)
         print(run(FinetuneConfig(**recipe_fields(command)), command.prompts, command.rounds, command.rollout))
 

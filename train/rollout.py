@@ -34,7 +34,7 @@ from allmem_jax.decoding import chat, generation
 from allmem_jax.model import config as config_lib
 from allmem_jax.model import lm, sharding
 from allmem_jax.model import state as state_lib
-from allmem_jax.storage import files, stores
+from allmem_jax.storage import files, jit_cache, stores
 from train import errors
 from train.data import prompts as prompts_lib
 from train.loop import checkpoint, distributed, models, tiny
@@ -360,6 +360,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         command.check()
         if not command.out.endswith(".jsonl"):
             raise ValueError(f"out={command.out!r} must end in .jsonl, which training reads")
+        jit_cache.keep()
         distributed.join(command)
         stores.check_writable(os.path.dirname(command.out))
         student = load(command)

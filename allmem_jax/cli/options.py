@@ -115,7 +115,9 @@ def given(options: Any) -> dict[str, Any]:
 def load_model(model: pathlib.Path, mixing: Mixing) -> tuple[Any, Any, Any]:
     """Config, parameters and tokenizer as `mixing` asks for; a memory that is asked for and missing is made."""
     from allmem_jax.checkpoints import load
+    from allmem_jax.storage import jit_cache
 
+    jit_cache.keep()
     terminal.say(f"reading {model}")
     return load.load_with_tokenizer(model, **given(mixing))
 

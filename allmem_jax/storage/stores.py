@@ -258,9 +258,14 @@ def local_only(path: AnyPath, field: str) -> pathlib.Path:
     return pathlib.Path(path)
 
 
+def home() -> pathlib.Path:
+    """The folder of all that is kept for a user and can be had again."""
+    return pathlib.Path(os.environ.get("ALLMEM_CACHE") or "~/.cache/allmem").expanduser()
+
+
 def cache() -> pathlib.Path:
     """Where copies lie."""
-    return pathlib.Path(os.environ.get("ALLMEM_CACHE") or "~/.cache/allmem").expanduser() / "stores"
+    return home() / "stores"
 
 
 def _url(path: AnyPath) -> str:

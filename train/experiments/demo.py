@@ -27,7 +27,7 @@ from allmem_jax.model import config as config_lib
 from allmem_jax.model import lm
 from allmem_jax.reporting import kept, sections
 from allmem_jax.reporting import page as page_lib
-from allmem_jax.storage import stores
+from allmem_jax.storage import jit_cache, stores
 from train import errors, fetch, finetune
 from train.data import books
 from train.experiments import reading
@@ -309,6 +309,7 @@ def findings(told: list[sections.Section], results: dict[str, Any], training: li
 
 def main() -> None:
     """The command."""
+    jit_cache.keep()
     with errors.one_line(fetch.FetchError):
         run(tyro.cli(DemoConfig, prog="python -m train.experiments.demo"))
 

@@ -15,7 +15,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
-import jax
 import numpy as np
 import tyro
 
@@ -23,7 +22,7 @@ from allmem_jax.evaluation import divergence, recall
 from allmem_jax.model import config as config_lib
 from allmem_jax.reporting import kept, sections
 from allmem_jax.reporting import page as page_lib
-from allmem_jax.storage import stores
+from allmem_jax.storage import jit_cache, stores
 from train import errors, fetch, finetune
 from train import recipe as recipe_lib
 from train.data import books, stream
@@ -274,7 +273,7 @@ def _flat(values: dict[Any, list[float]]) -> dict[str, list[float]]:
 
 def main() -> None:
     """The command."""
-    jax.config.update("jax_compilation_cache_dir", str(Path(".cache/jax").absolute()))  # seeds share their programs
+    jit_cache.keep()  # seeds share their programs
     with errors.one_line(fetch.FetchError):
         run(tyro.cli(EvidenceConfig, prog="python -m train.experiments.evidence", description=__doc__))
 
