@@ -4,7 +4,6 @@ import functools
 import json
 import pathlib
 import shlex
-import warnings
 
 import numpy as np
 import pytest
@@ -333,11 +332,11 @@ def tiny(tmp_path_factory):
 
 
 def answering(answer):
-    """A `generation.generate` that says `answer` whatever it is asked, and keeps what it was asked."""
+    """A `generation.answers` that says `answer` whatever it is asked, and keeps what it was asked."""
     asked = []
 
     def generate(params, config, prompts, **options):
-        assert len(prompts) == 2, "every batch is full"
+        assert options["batch"] == 2, "every batch is full"
         asked.extend(map(tuple, prompts))
         return [tiny_folder.tiny_tokenizer().encode(answer) for _ in prompts]
 
@@ -421,15 +420,10 @@ def test_the_recorded_command_asks_for_the_same(tiny, tmp_path, monkeypatch):
     assert asked["out"] == pathlib.Path("out/longbench") and asked["tasks"] == () and asked["suite"] == "lveval"
 
 
-def test_prompts_longer_than_in_training_are_told_of_once(tiny, tmp_path, monkeypatch):
+def test_prompts_longer_than_in_training_are_told_of_once(tiny, tmp_path):
     path, config, params, tokenizer = tiny
     data = write(tmp_path / "data", "hotpotqa", *(question(index) for index in range(5)))
 
-    def generate(params, config, prompts, **options):
-        warnings.warn(f"{len(prompts[0])} tokens, and the model was trained on fewer", stacklevel=1)
-        return [[5]] * len(prompts)
-
-    monkeypatch.setattr(generation, "generate", generate)
     short = path, config.replace(max_length=100), params, tokenizer
     with pytest.warns(UserWarning) as told:
         results = run(short, data, tmp_path / "out", mixers=("swa", "allmem"))
@@ -441,7 +435,7 @@ def test_prompts_longer_than_in_training_are_told_of_once(tiny, tmp_path, monkey
 def test_a_second_run_goes_on(tiny, tmp_path, monkeypatch):
     data = write(tmp_path / "data", "hotpotqa", *(question(index) for index in range(4)))
     generate, asked = answering("the sea")
-    monkeypatch.setattr(generation, "generate", generate)
+    monkeypatch.setattr(generation, "answers", generate)
     first = run(tiny, data, tmp_path / "out", mixers=("swa", "write_off"))
     assert len(asked) == 8 and len(asked[0]) >= len(asked[1])
     path = tmp_path / "out" / "hotpotqa.jsonl"
@@ -450,7 +444,7 @@ def test_a_second_run_goes_on(tiny, tmp_path, monkeypatch):
     path.write_text("".join(lines[:5]) + lines[5][:30])  # stopped within the sixth line
     asked.clear()
     assert run(tiny, data, tmp_path / "out", mixers=("swa", "write_off")) == first
-    assert len(asked) == 4, "two batches of two, for the three that were missing"
+    assert len(asked) == 3, "those that were missing"
     assert sorted(path.read_text().splitlines()) == sorted(whole.splitlines())
     asked.clear()
     run(tiny, data, tmp_path / "out", max_length=20)
@@ -468,7 +462,7 @@ def test_scores_and_lengths(tiny, tmp_path, monkeypatch):
     data = write(
         tmp_path / "data", "hotpotqa_e", *(question(index) for index in range(2)), question(2, answers=["the ship"])
     )
-    monkeypatch.setattr(generation, "generate", answering("The whale.")[0])
+    monkeypatch.setattr(generation, "answers", answering("The whale.")[0])
     results = run(tiny, data, tmp_path / "out", "longbench_e", max_length=60)
     task = results["tasks"]["hotpotqa_e"]
     assert task["scores"] == {"swa": [100, 100, 0]} and task["groups"] == ["0-4k", "4-8k", "8k+"]
@@ -489,7 +483,7 @@ def test_scores_and_lengths(tiny, tmp_path, monkeypatch):
 def test_levels_of_lveval(tiny, tmp_path, monkeypatch):
     for level in ("16k", "128k"):
         write(tmp_path / "data", f"factrecall_en_{level}", question())
-    monkeypatch.setattr(generation, "generate", answering("the sea")[0])
+    monkeypatch.setattr(generation, "answers", answering("the sea")[0])
     results = run(tiny, tmp_path / "data", tmp_path / "out", "lveval", chat="never")
     table = longbench.section(results, "").tables[1]
     assert table.header == ("task", "mixer", "16k", "128k") and table.rows[0] == (

@@ -162,7 +162,7 @@ def test_finished_is_what_a_stop_token_ended(student, prompts, monkeypatch):
     """By either of two stop tokens, at once, as the last token that is allowed, or not at all."""
     drawn = np.array([[97, 10, 98], [11, 98, 98], [97, 98, 99], [97, 98, 11]]).T
     monkeypatch.setattr(generation, "prefill", lambda *_, **__: (None, None))
-    monkeypatch.setattr(generation, "stream", lambda *_, **__: ((tokens, None) for tokens in drawn))
+    monkeypatch.setattr(generation, "stream", lambda *_, **__: ((tokens, None, None, None) for tokens in drawn))
     settings = dataclasses.replace(SETTINGS, max_tokens=3)
     lines = rollout._answer(settings, student._replace(stops=[10, 11]), prompts[:4], None, 0)
     assert [line["finished"] for line in lines] == [True, True, False, True]

@@ -6,7 +6,6 @@ import json
 import pathlib
 import re
 import shlex
-import warnings
 
 import numpy as np
 import pytest
@@ -309,8 +308,9 @@ def test_variants_answer_the_same_prompts_with_one_program_a_cache_size(loaded, 
     # the original within 512 tokens and within 1024, windowed attention, and the memory, whatever it has read
     assert generation.prefill_piece._cache_size() == generation.decode_step._cache_size() == 4
     results = section.data["results"]
-    assert len(results) == 4 * len(variants) == len(list(tmp_path.iterdir()))
+    assert len(results) == 4 * len(variants)
     asked = {(r["task"], r["variant"]): len(r["examples"]) for r in results}
+    assert len(list(tmp_path.iterdir())) == sum(bool(result["examples"]) for result in results)
     assert asked["needle", recall.OTHER] == 3 and asked["short_needle", recall.OTHER] == 0
     assert [row[5] for row in section.tables[0].rows[2:]] == ["-", "-"]
     near = {r["variant"]: [e["output"] for e in r["examples"]] for r in results if r["task"] == "short_needle"}
@@ -323,7 +323,7 @@ def test_variants_answer_the_same_prompts_with_one_program_a_cache_size(loaded, 
         assert all(example["prompt_tokens"] == result["length"] - room for example in result["examples"])
     sections.save(tmp_path / "kept" / "recall.json", section)
     assert sections.load(tmp_path / "kept" / "recall.json") == section
-    monkeypatch.setattr(generation, "generate", None)  # all is found again
+    monkeypatch.setattr(generation, "answers", None)  # all is found again
     assert ask() == section
     with pytest.raises(TypeError):
         ask(seed=1)
@@ -501,11 +501,7 @@ def test_pairs_are_tasks(folder, tmp_path, monkeypatch):
 
 
 def test_prompts_longer_than_in_training_are_told_of_once(tokenizer, monkeypatch):
-    def generate(params, config, prompts, **options):
-        warnings.warn(f"{len(prompts[0])} tokens, and the model was trained on fewer", stacklevel=1)
-        return [[5]] * len(prompts)
-
-    monkeypatch.setattr(generation, "generate", generate)
+    monkeypatch.setattr(generation, "answers", lambda params, config, prompts, **options: [[5]] * len(prompts))
     config = tiny_config(mixer="swa", window=WINDOW, sinks=SINKS, max_length=500)
     variants = [divergence.Variant(name, config.replace(mixer=name)) for name in ("full", "swa")]
     settings = recall.Settings(("needle", "short_needle"), (LENGTH,), samples=4, batch=1)

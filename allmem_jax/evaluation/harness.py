@@ -311,19 +311,24 @@ class AllMemHarness(TemplateLM):
         if most >= self.max_length:
             raise ValueError(f"max_gen_toks={most} leaves no room for a prompt in max_length={self.max_length}")
         prompts = [self._fit(self._encode_prompt(context), self.max_length - most) for context in contexts]
-        terms = [term for term in until if term]
-        answers = generation.answers(
+        answers = self._generate(prompts, most, sampling, [term for term in until if term], seed)
+        return [self._text(ids, until) for ids in answers]
+
+    def _generate(
+        self, prompts: list[list[int]], most: int, sampling: generation.Sampling, until: list[str], seed: int
+    ) -> list[list[int]]:
+        """Tokens after each prompt; the end that one stopped at is its last token, which may have a text."""
+        return generation.answers(
             self.params,
             self.config,
             prompts,
             batch=self.batch_size,
             max_tokens=most,
             sampling=sampling,
-            stop_tokens=self.stop_tokens,
-            ends=lambda ids: ends_with(self.tokenizer, ids, terms),
+            stop_tokens=(),
+            ends=lambda ids: ids[-1] in self.stop_tokens or ends_with(self.tokenizer, ids, until),
             seed=seed,
         )
-        return [self._text(ids, until) for ids in answers]
 
     def _text(self, ids: list[int], until: list[str]) -> str:
         """What counts of an answer: it begins after what was thought and ends before the first stop string."""
