@@ -3,6 +3,10 @@
 Without LLVM's optimisations, in few parts and by XLA's older emitters, a gradient takes a third of the time.
 """
 
+import os
+import subprocess
+import sys
+
 FLAGS = " ".join(
     (
         "--xla_backend_optimization_level=0",
@@ -17,3 +21,16 @@ FLAGS = " ".join(
 def on_devices(count: int) -> str:
     """XLA_FLAGS of a program that sees so many devices."""
     return f"--xla_force_host_platform_device_count={count} {FLAGS}"
+
+
+def run(program: str, flags: str) -> str:
+    """Runs a program in a Python of its own with these XLA_FLAGS; returns its stderr, and fails where it does."""
+    env = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run([sys.executable, "-c", program], env=env, timeout=900, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stderr
+
+
+def run_on_eight_devices(program: str) -> None:
+    """The same, where the compiler must find a way for every array."""
+    assert "Involuntary full rematerialization" not in run(program, on_devices(8))

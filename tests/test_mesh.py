@@ -1,9 +1,5 @@
 """A training step on eight devices, in every shape of mesh, against the same step on one."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 
 from tests import compiling
@@ -61,26 +57,21 @@ ALONE = [(8, 1, 1, 1), (1, 8, 1, 1), (1, 1, 8, 1), (1, 1, 1, 8)]
 MIXED = [(2, 2, 2, 1), (1, 2, 2, 2), (2, 1, 1, 4)]
 
 
-def on_eight_devices(program):
-    env = {**os.environ, "XLA_FLAGS": compiling.on_devices(8), "JAX_PLATFORMS": "cpu"}
-    done = subprocess.run([sys.executable, "-c", program], env=env, timeout=600, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "Involuntary full rematerialization" not in done.stderr  # the compiler found a way for every array
-
-
 @pytest.mark.parametrize("shapes", [ALONE, MIXED], ids=["alone", "mixed"])
 def test_distillation_on_every_mesh_is_that_of_one_device(shapes):
     """Loss, gradients and metrics; heads that an axis does not divide; a batch in one piece."""
-    on_eight_devices(PROGRAM + f"compare('distill', {[(shape, 1) for shape in shapes]})")
+    compiling.run_on_eight_devices(PROGRAM + f"compare('distill', {[(shape, 1) for shape in shapes]})")
 
 
 def test_pretraining_and_pieces_of_a_batch_too():
-    on_eight_devices(PROGRAM + "compare('pretrain', [((1, 2, 2, 2), 2)])\ncompare('distill', [((1, 1, 1, 1), 2)])")
+    compiling.run_on_eight_devices(
+        PROGRAM + "compare('pretrain', [((1, 2, 2, 2), 2)])\ncompare('distill', [((1, 1, 1, 1), 2)])"
+    )
 
 
 def test_tokens_are_exchanged_for_heads():
     """Over `context` no device sees all tokens of a row at full width: only its own tokens, or its own heads."""
-    on_eight_devices(
+    compiling.run_on_eight_devices(
         PROGRAM
         + """
 import math, re

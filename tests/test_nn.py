@@ -9,11 +9,11 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from test_mesh import on_eight_devices
 
 from allmem_jax.model import config as config_lib
 from allmem_jax.model import lm
 from allmem_jax.nn import Memory, Mixer, WindowedAttention
+from tests import compiling
 
 pytestmark = pytest.mark.core
 
@@ -210,7 +210,7 @@ def test_what_does_not_fit_is_named():
 @pytest.mark.slow
 def test_eight_devices_give_what_one_gives():
     """Rows and heads over the mesh that its axes name, and rows over one of other names, by shard_map."""
-    on_eight_devices("""
+    compiling.run_on_eight_devices("""
 import jax, jax.numpy as jnp, numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 from allmem_jax.nn import Mixer
