@@ -99,8 +99,9 @@ class _Layer(nn.Module, kw_only=True):
         out, new = self._mix(c, x.astype(c.dtype), past, shared)
         if state is None:
             return out
-        before, added = jax.tree.map(lambda leaf: leaf[None], (past, new))
-        after = layers.written(before, added, shared, c.sinks)
+        learned = self.variables["params"].get("memory", {})
+        before, added, learned = jax.tree.map(lambda leaf: leaf[None], (past, new, learned))
+        after = layers.written(c, before, added, shared, learned)
         return out, State(state.position + shared.lengths, jax.tree.map(lambda leaf: leaf[0], after))
 
     def _config(self, d_model: int) -> config_lib.ModelConfig:

@@ -98,7 +98,7 @@ def flops_per_token(config: config_lib.ModelConfig, context: int, mixer: str | N
       {"projections", "attention", "memory", "mlp", "head"}; their sum is the cost of the token.
     """
     config = _asked(config, context, mixer)
-    return _parts(config, sum(_visible(config, context)), block=1)
+    return _parts(config, sum(_visible(config, context)), block=None)
 
 
 def prefill_flops_per_token(config: config_lib.ModelConfig, context: int, mixer: str | None = None) -> dict[str, int]:
@@ -151,8 +151,8 @@ def _asked(config: config_lib.ModelConfig, context: int, mixer: str | None) -> c
     return config.replace(mixer=mixer or config.mixer)
 
 
-def _parts(c: config_lib.ModelConfig, keys: float, block: int) -> dict[str, int]:
-    """`keys` that a token sees, summed over the layers; `block` tokens that the memory takes at once."""
+def _parts(c: config_lib.ModelConfig, keys: float, block: int | None) -> dict[str, int]:
+    """`keys` that a token sees, summed over the layers; `block` tokens that a memory takes at once, or None."""
     return {
         "projections": c.n_layers * 4 * c.d_model * c.head_dim * (c.n_heads + c.n_kv_heads),
         "attention": round(4 * c.n_heads * c.head_dim * keys),
@@ -162,16 +162,18 @@ def _parts(c: config_lib.ModelConfig, keys: float, block: int) -> dict[str, int]
     }
 
 
-def _memory(c: config_lib.ModelConfig, block: int) -> int:
-    """Operations of one layer's memory branch per token, in blocks of T = `block` tokens; 1 in decoding.
+def _memory(c: config_lib.ModelConfig, block: int | None) -> int:
+    """Operations of one layer's memory branch per token, in blocks of T = `block` tokens, or None in decoding.
 
     Projections are 2 per weight, convolutions 2 F K. Then:
 
     * allmem: the read is three products with the fast weights, the gradient at the token's key three more (gate k,
-      up k, down^T Gout) and three outer products: 9 * 2 N H D_m. Each of the 3 N H D_m fast weights takes 20
-      elementwise operations a block: its initial value or the state's, for weights, momentum and pending (3),
-      rescaling for the gradient and for the update (10), pending sum (1), momentum and step (3), and whether they
-      happen (3). The decode step does them at every token, so that none is slower than another.
+      up k, down^T Gout) and three outer products: 9 * 2 N H D_m; the difference reads the initial weights too, 3 more.
+      Each of the 3 N H D_m fast weights takes 20 elementwise operations a block: its initial value or the state's, for
+      weights, momentum and pending (3), rescaling for the gradient and for the update (10), pending sum (1), momentum
+      and step (3), and whether they happen (3). In decoding an outer product is one operation and not two, and each
+      weight takes 6 at every token (its initial value or the state's, two row norms, the pending sum) and 14 more at
+      the token that ends a chunk.
     * mamba2: writing and reading the state 4 N S P, tokens of the block among each other 2 T (S + N P), and
       2 elementwise on the state a block (decay, and what was written).
     * delta: erasing, writing and reading the state 6 N D'^2, tokens among each other 7 T N D' (three products of T
@@ -183,7 +185,10 @@ def _memory(c: config_lib.ModelConfig, block: int) -> int:
     convolutions = 2 * c.conv_kernel * c.conv_channels
     if c.mixer == "allmem":
         fast = channels * c.memory_hidden
-        return 2 * d * (4 * channels + 5 * heads) + convolutions + 18 * fast + 60 * fast // block
+        on_weights = 33 * fast + 42 * fast // c.chunk if block is None else 18 * fast + 60 * fast // block
+        on_weights += 6 * fast if c.read_out == "difference" else 0
+        return 2 * d * (4 * channels + 5 * heads) + convolutions + on_weights
+    block = block or 1
     _, rows, columns = c.linear_state_shape
     matrix = heads * rows * columns
     if c.mixer == "mamba2":

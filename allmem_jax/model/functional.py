@@ -9,6 +9,7 @@ Only this file calls the kernels. Axes:
 import functools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +20,7 @@ from allmem_jax.model import config as config_lib
 from allmem_jax.model import sharding
 from pallas_kernels import dots
 from pallas_kernels.swa import ring
+from pallas_kernels.ttt import decode
 
 
 def recomputed(function: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
@@ -338,11 +340,55 @@ def remember(
     return sharding.over_tokens(out, heads=True), state
 
 
-def start_memory(
-    state: pallas_kernels.MemoryState, init: pallas_kernels.FastWeights, fresh: jax.Array
+def remember_one(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    lr: jax.Array,
+    momentum: jax.Array,
+    init: pallas_kernels.FastWeights,
+    state: pallas_kernels.MemoryState,
+    fresh: jax.Array,
+    *,
+    read_out: str = "full",
+) -> tuple[jax.Array, decode.TokenGradient]:
+    """`remember` of one token a row, [B, 1, N, ...], of which `write_memory` writes what comes second.
+
+    Rows of bool `fresh` [B] have seen no token yet and read the initial weights. Under a mesh as `remember`.
+    """
+
+    def local(q, k, v, lr, momentum, init, weights, fresh):
+        weights = started(weights, jax.tree.map(lambda leaf: leaf[None], init), fresh)
+        q, k, v, lr, momentum = (x[:, 0] for x in (q, k, v, lr, momentum))
+        out, gradient = decode.read(q, k, v, lr, momentum, init, weights, read_out=read_out)
+        return out[:, None], gradient
+
+    tokens, row_heads = PartitionSpec("rows", None, "heads"), PartitionSpec("rows", "heads")
+    where = (tokens, tokens, tokens, tokens, tokens, PartitionSpec("heads"), row_heads, PartitionSpec("rows"))
+    arguments = (q, k, v, lr, momentum, init, state.weights, fresh)
+    return sharding.over_rows_and_heads(local, arguments, where, (tokens, row_heads), q.shape[0], q.shape[2])
+
+
+def write_memory(
+    state: pallas_kernels.MemoryState,
+    init: pallas_kernels.FastWeights,
+    token: decode.TokenGradient,
+    fresh: jax.Array,
+    valid: jax.Array,
+    *,
+    chunk: int,
 ) -> pallas_kernels.MemoryState:
-    """`state` with the rows of bool `fresh` [B], those that have seen no token yet, set to the initial weights."""
-    first = pallas_kernels.init_memory_state(init, fresh.shape[0])
+    """`decode.write`, once for all layers, under a mesh by every device on its own rows and heads."""
+    leaf, rows = PartitionSpec(None, "rows", "heads"), PartitionSpec("rows")
+    after = pallas_kernels.MemoryState._make((leaf, leaf, leaf, leaf, PartitionSpec(None, "rows")))
+    where = (after, PartitionSpec(None, "heads"), leaf, rows, rows)
+    write = functools.partial(decode.write, chunk_size=chunk)
+    batch, heads = state.momentum_sum.shape[1:]
+    return sharding.over_rows_and_heads(write, (state, init, token, fresh, valid), where, after, batch, heads)
+
+
+def started(state: Any, first: Any, fresh: jax.Array) -> Any:
+    """`state`, leaves [B, ...], with the rows of bool `fresh` [B], those that have seen no token yet, from `first`."""
 
     def choose(new: jax.Array, old: jax.Array) -> jax.Array:
         return jnp.where(fresh.reshape((-1,) + (1,) * (old.ndim - 1)), new, old)

@@ -15,8 +15,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+import pallas_kernels
 from allmem_jax.model import config as config_lib
 from allmem_jax.model import functional
+from pallas_kernels.ttt import decode
 
 Rope = tuple[jax.Array, jax.Array]
 FLOOR = 1e-6  # of the norm of a read-out that is small where little was written, until it is fitted
@@ -48,7 +50,7 @@ class LayerState(NamedTuple):
     """One layer's part of `DecodeState`: keys, values [B, S + W, Hkv, D], conv [B, K - 1, F] and the memory's.
 
     What a layer returns has the new tokens' keys and values [B, L, Hkv, D], and what waits of them [B, L, F'], instead;
-    the model writes them.
+    of a single token also its `TokenGradient` in the place of the memory. The model writes them.
     """
 
     keys: Any
@@ -110,18 +112,32 @@ def of_state(state: Any) -> LayerState:
     return LayerState(state.keys, state.values, state.conv, state.memory, state.waiting)
 
 
-def written(past: LayerState, new: LayerState, shared: Shared, sink_slots: int) -> LayerState:
-    """The states of all layers after a call, from those before it and what the layers returned; leaves [Y, B, ...]."""
+def written(
+    c: config_lib.ModelConfig, past: LayerState, new: LayerState, shared: Shared, memory: dict[str, Any]
+) -> LayerState:
+    """The states of all layers after a call, from those before it and what the layers returned; leaves [Y, B, ...].
+
+    `memory` has the parameters of all layers' memories, [Y, ...], or nothing.
+    """
     where = shared.position, shared.lengths
 
     def cached(held: Any, tokens: Any) -> Any:
-        return None if held is None else functional.write_cache(held, tokens, *where, sink_slots)
+        return None if held is None else functional.write_cache(held, tokens, *where, c.sinks)
 
+    learned = new.memory
+    if isinstance(learned, decode.TokenGradient):
+        marks = shared.position == 0, shared.lengths > 0
+        learned = functional.write_memory(past.memory, initial_weights(memory), learned, *marks, chunk=c.chunk)
     waiting = None
     if past.waiting is not None:  # as a cache with no sinks and one head
         waiting = functional.write_cache(past.waiting[..., None, :], new.waiting[..., None, :], *where, 0)[..., 0, :]
     keys, values = cached(past.keys, new.keys), cached(past.values, new.values)
-    return LayerState(keys, values, new.conv, new.memory, waiting)
+    return LayerState(keys, values, new.conv, learned, waiting)
+
+
+def initial_weights(memory: dict[str, Any]) -> pallas_kernels.FastWeights:
+    """The learned start of the fast weights, from a memory's parameters."""
+    return pallas_kernels.FastWeights(memory["fast_gate"], memory["fast_up"], memory["fast_down"])
 
 
 class Linear(nn.Module):

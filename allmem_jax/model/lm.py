@@ -89,7 +89,7 @@ class AllMemLM(nn.Module):
         if state is None:
             return result
         assert past is not None
-        after = layers.written(past, after, shared, c.sinks)
+        after = layers.written(c, past, after, shared, self.variables["params"]["layers"].get("memory", {}))
         return result, state_lib.DecodeState(state.position + shared.lengths, **after._asdict(), sinks=c.sinks)
 
 

@@ -48,13 +48,7 @@ class Memory(nn.Module):
             (k, v, lr, momentum), there, waiting = _delayed(c, (k, v, lr, momentum), state, shared)
         lr = jnp.where(there & c.write, nn.softplus(lr.astype(jnp.float32)), 0.0)
         momentum = nn.sigmoid(momentum.astype(jnp.float32))
-        init = self._initial_weights()
-
-        past = None if state is None else functional.start_memory(state.memory, init, shared.position == 0)
-        marks: Any = {"valid": layers.real_tokens(x, shared), "reset": shared.reset}
-        options: Any = {"chunk": c.chunk, "read_out": c.read_out, "implementation": self.implementation}
-        out, after = functional.remember(q, k, v, lr, momentum, init, past, **marks, **options)
-        self._report(lr, momentum, init, after)
+        out, after = self._remember((q, k, v, lr, momentum), state, shared, layers.real_tokens(x, shared))
         if c.read_out == "full":
             out = layers.RMSNorm(c.norm_eps, name="out_norm")(out)
         else:
@@ -63,6 +57,25 @@ class Memory(nn.Module):
         gate = nn.sigmoid(layers.Linear(c.memory_heads, kernel_init=small, name="gate_proj")(x).astype(jnp.float32))
         out = (out * gate[..., None]).astype(x.dtype).reshape(*x.shape[:2], -1)
         return layers.projected(self, out), None if tail is None else (tail, after, waiting)
+
+    def _remember(
+        self, tokens: tuple[jax.Array, ...], state: layers.LayerState | None, shared: layers.Shared, real: Any
+    ) -> tuple[jax.Array, Any]:
+        """What tokens [B, L, N, ...] read, and the memory after them, or the `TokenGradient` of a single one."""
+        c = self.config
+        q, k, v, lr, momentum = tokens
+        init = self._initial_weights()
+        past = None if state is None else state.memory
+        if past is not None:
+            fresh = shared.position == 0
+            if q.shape[1] == 1 and self.implementation is None:
+                return functional.remember_one(q, k, v, lr, momentum, init, past, fresh, read_out=c.read_out)
+            past = functional.started(past, pallas_kernels.init_memory_state(init, q.shape[0]), fresh)
+        marks: Any = {"valid": real, "reset": shared.reset}
+        options: Any = {"chunk": c.chunk, "read_out": c.read_out, "implementation": self.implementation}
+        out, after = functional.remember(q, k, v, lr, momentum, init, past, **marks, **options)
+        self._report(lr, momentum, init, after)
+        return out, after
 
     def _rates(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Before softplus and sigmoid: learning rates [B, L, N, 3] (gate, up, down) and momentum [B, L, N]."""

@@ -84,9 +84,9 @@ def forward(chunk_size, aligned, difference, tokens, init, state, valid, reset, 
       init: FastWeights without B.
       state: MemoryState whose float leaves have the accumulation dtype.
       valid, reset: bool [B, L], or None.
-      kernels: another way to compute `_read` and `_gradient`, differentiable by JAX.
+      kernels: another way to compute `apply` and `_gradient`, differentiable by JAX.
     """
-    kernels = kernels or Kernels(_read, _gradient)
+    kernels = kernels or Kernels(apply, _gradient)
     size = min(chunk_size, tokens[0].shape[1])
     phases = _phases(size, aligned, difference, valid, reset)
     blocks, marks = _split(tokens, valid, reset, size)
@@ -105,7 +105,7 @@ def forward(chunk_size, aligned, difference, tokens, init, state, valid, reset, 
 
 def backward(chunk_size, aligned, difference, residuals, cotangents, *, kernels: Kernels | None = None):
     """Returns the cotangents of (tokens, init, state) from those of (out, state)."""
-    kernels = kernels or Kernels(_read, _gradient)
+    kernels = kernels or Kernels(apply, _gradient)
     tokens, init, valid, reset, starts, counts = residuals
     d_out, d_state = cotangents
     length = tokens[0].shape[1]
@@ -203,7 +203,7 @@ def _piece(kernels, floats, init, tokens, read, write) -> tuple[jax.Array, Float
     return out, floats._replace(pending=pending, momentum_sum=floats.momentum_sum + momentum.sum(-1))
 
 
-def _read(w: FastWeights, q: jax.Array) -> jax.Array:
+def apply(w: FastWeights, q: jax.Array) -> jax.Array:
     """Returns f(W, q) [B, N, T, D] in the accumulation dtype."""
     gate, up = dots.einsum("bntd,bnhd->bnth", q, w.gate), dots.einsum("bntd,bnhd->bnth", q, w.up)
     hidden = (jax.nn.silu(gate) * up).astype(q.dtype)
@@ -236,13 +236,14 @@ def _update(floats: Floats, init: FastWeights, chunk_size: int) -> Floats:
 
 def _normalise(weights: FastWeights, init: FastWeights) -> FastWeights:
     """Rescales every row (last axis) to its norm in `init`."""
+    return jax.tree.map(lambda w, w0: w * row_scale(w, w0), weights, init)
 
-    def rescale(w, w0):
-        square = jnp.sum(w * w, axis=-1, keepdims=True) + EPSILON
-        square0 = jnp.sum(jnp.square(w0.astype(w.dtype)), axis=-1, keepdims=True) + EPSILON
-        return w * jnp.sqrt(square0 / square)
 
-    return jax.tree.map(rescale, weights, init)
+def row_scale(w: jax.Array, w0: jax.Array) -> jax.Array:
+    """Returns what brings every row (last axis) of w to its norm in w0, with that axis kept as 1."""
+    square = jnp.sum(w * w, axis=-1, keepdims=True) + EPSILON
+    square0 = jnp.sum(jnp.square(w0.astype(w.dtype)), axis=-1, keepdims=True) + EPSILON
+    return jnp.sqrt(square0 / square)
 
 
 def _fresh(floats: Floats, init: FastWeights) -> Floats:
