@@ -55,6 +55,14 @@ def gradients(product, x, y):
     return out, d_x, d_y
 
 
+@pytest.mark.parametrize("rows", [(1,), (1, 1), (2, 1)])
+def test_a_row_by_itself(rows):
+    x, kernel = operands((*rows, 5), (5, 4))
+    wide = (part.astype(jnp.float32) for part in (x, kernel))
+    for got, want in zip(gradients(dots.matmul, x, kernel), gradients(jnp.matmul, *wide), strict=True):
+        assert got.shape == want.shape and relative(got, want) < 1e-2
+
+
 @pytest.mark.parametrize("spec,x_shape,y_shape", SPECS)
 def test_gradients_are_those_of_float32(spec, x_shape, y_shape):
     x, y = operands(x_shape, y_shape)

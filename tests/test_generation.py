@@ -3,6 +3,7 @@
 import warnings
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from test_model import TINY, random_params, random_tokens
@@ -67,6 +68,22 @@ def test_a_saved_state_answers_again(params):
     for question in questions:
         asked = generation.generate(params, TINY, [question], max_tokens=4, piece=5, state=state)
         assert asked == generation.generate(params, TINY, [book + question], max_tokens=4, piece=5)
+
+
+def test_kernels_as_bits_are_the_same_model(params):
+    """bfloat16 kernels that lie on a CPU are read as integers there, where they lie."""
+    config = TINY.replace(dtype="bfloat16")
+    backbone, memory = lm.split_params(params)
+    narrow = lm.merge_params(jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), backbone), memory)
+    bits = lm.as_bits(narrow)
+    kernel, same = (p["layers"]["mlp"]["up_proj"]["kernel"] for p in (narrow, bits))
+    if jax.default_backend() == "cpu":
+        assert same.dtype == jnp.uint16 and same.unsafe_buffer_pointer() == kernel.unsafe_buffer_pointer()
+    assert lm.as_bits(bits)["layers"]["mlp"]["up_proj"]["kernel"] is same
+    assert jax.tree.map(lambda leaf: leaf.dtype, lm.as_bits(params)) == jax.tree.map(lambda leaf: leaf.dtype, params)
+    apply = jax.jit(lm.AllMemLM(config).apply)
+    tokens = random_tokens(2, 9)
+    assert np.array_equal(apply({"params": narrow}, tokens), apply({"params": bits}, tokens))
 
 
 def test_long_generation_compiles_once(params):

@@ -150,6 +150,7 @@ def prefill(
         raise ValueError(f"state holds {state.position.shape[0]} rows for {len(rows)} prompts")
     config, state = with_room(config, state, len(rows), max(map(len, rows)))
     logits = jnp.zeros((len(rows), config.vocab_size), jnp.float32)
+    params = lm.as_bits(params)
     for start in range(0, max(map(len, rows)), piece):
         tokens = np.zeros((len(rows), piece), np.int32)
         lengths = np.zeros(len(rows), np.int32)
@@ -185,6 +186,7 @@ def stream(
     key = jax.random.key(seed)
     done = np.zeros(logits.shape[0], bool)
     config, state = with_room(config, state, len(logits), max_tokens)
+    params = lm.as_bits(params)
     state = jax.tree.map(jnp.copy, state)  # decode_step consumes its state; the caller's stays
     for index in range(max_tokens):
         tokens, logits, state = decode_step(

@@ -245,8 +245,12 @@ class ModelConfig:
 
     @property
     def waiting_channels(self) -> int:
-        """Channels of one layer's token that waits to be written: key, value, three learning rates and momentum."""
-        return self.memory_heads * (2 * self.d_mem + 4)
+        """Channels of one layer's token that waits to be written: key, value, three learning rates and momentum.
+
+        And padding to a multiple of 128, or TPUs would lay a channel's tokens side by side, and move all of them to
+        read or write one.
+        """
+        return -(-self.memory_heads * (2 * self.d_mem + 4) // 128) * 128
 
     @property
     def mamba_state(self) -> int:

@@ -76,9 +76,11 @@ def linear(x: jax.Array, kernel: jax.Array, bias: jax.Array | None = None, scale
     """(x @ kernel) * scale + bias in x's dtype, accumulated in float32.
 
     Args:
-      x: [..., in]; kernel: [in, out].
+      x: [..., in]; kernel: [in, out], or its bits (see `lm.as_bits`).
       bias, scale: [out]. Where x has more rows than the kernel, `scale` is taken into the kernel, which costs less.
     """
+    if kernel.dtype == jnp.uint16:
+        kernel = jax.lax.bitcast_convert_type(kernel, jnp.bfloat16)
     many = x.size > kernel.shape[0] * x.shape[-1]
     y = dots.matmul(x, kernel if scale is None or not many else kernel * scale)
     if scale is not None and not many:
@@ -234,8 +236,9 @@ def delayed(
 
     Args:
       x: [B, L, F].
-      lag: not negative; with `waiting` its R.
-      waiting: [B, R, F], the last R tokens before x, token p in slot p % R; None for the start of a sequence.
+      lag: not negative; with `waiting` R.
+      waiting: [B, R, F], the last R tokens before x, token p in slot p % R, or that of x alone, if x is one
+        token; None for the start of a sequence.
       position: int32 [B], tokens before x; with `waiting` only.
       segment_ids: int32 [B, L] of packed documents; without `waiting` only.
 

@@ -112,6 +112,17 @@ def of_state(state: Any) -> LayerState:
     return LayerState(state.keys, state.values, state.conv, state.memory, state.waiting)
 
 
+def of_one_token(past: LayerState, position: Any) -> LayerState:
+    """`past`, leaves [Y, B, ...], with what one more token needs of `waiting`: the slot that it takes.
+
+    Or a loop over layers would copy all that waits.
+    """
+    if past.waiting is None:
+        return past
+    slot = (position % past.waiting.shape[2])[None, :, None, None]
+    return past._replace(waiting=jnp.take_along_axis(past.waiting, slot, axis=2))
+
+
 def written(
     c: config_lib.ModelConfig, past: LayerState, new: LayerState, shared: Shared, memory: dict[str, Any]
 ) -> LayerState:

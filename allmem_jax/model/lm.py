@@ -9,6 +9,7 @@ import flax.linen as nn
 import flax.traverse_util
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from allmem_jax.model import config as config_lib
 from allmem_jax.model import decoder, functional, layers, sharding
@@ -81,7 +82,8 @@ class AllMemLM(nn.Module):
             length=c.n_layers,
         )
         after: Any
-        x, after = stack(c, name="layers")(x, (local, past), shared)
+        seen = layers.of_one_token(past, position) if past is not None and tokens.shape[1] == 1 else past
+        x, after = stack(c, name="layers")(x, (local, seen), shared)
         x = layers.RMSNorm(c.norm_eps, c.norm_offset, name="final_norm")(x)
         result = x
         if not return_hidden:
@@ -124,6 +126,22 @@ def init_memory(config: config_lib.ModelConfig, seed: int = 0) -> Params:
     tokens = jnp.zeros((1, 1), jnp.int32)
     config = config.replace(mixer=config.memory_mixer)
     return jax.jit(lambda key: split_params(AllMemLM(config).init(key, tokens)["params"])[1])(jax.random.key(seed))
+
+
+def as_bits(params: Params) -> Params:
+    """The same parameters, to call the model with where it runs often: bfloat16 kernels on a CPU become their bits.
+
+    XLA on CPUs has no slices of bfloat16 arrays: a loop over layers widens all their kernels before each run, which
+    takes ten times as long as to read them. Slices of uint16 are made where they lie. No array is copied.
+    """
+
+    def bits(path: Any, leaf: Any) -> Any:
+        narrow = path[0].key == "layers" and path[-1].key == "kernel" and leaf.dtype == jnp.bfloat16
+        if not (narrow and isinstance(leaf, jax.Array) and [d.platform for d in leaf.devices()] == ["cpu"]):
+            return leaf
+        return jax.device_put(np.asarray(leaf).view(np.uint16), leaf.sharding)
+
+    return jax.tree_util.tree_map_with_path(bits, params)
 
 
 def split_params(params: Params) -> tuple[Params, Params]:

@@ -127,12 +127,13 @@ def _delayed(
     """
     flat = [x.reshape(*x.shape[:2], -1) for x in tokens]
     waiting = jnp.concatenate(flat, axis=-1)
+    waiting = jnp.pad(waiting, [(0, 0), (0, 0), (0, c.waiting_channels - waiting.shape[-1])])
     if state is None:
         assert shared.window is not None
         late, there = functional.delayed(waiting, c.lag_of(shared.window), segment_ids=shared.segment_ids)
     else:
         late, there = functional.delayed(waiting, c.lag, state.waiting, shared.position)
-    parts = jnp.split(late, list(itertools.accumulate(x.shape[-1] for x in flat))[:-1], axis=-1)
+    parts = jnp.split(late, list(itertools.accumulate(x.shape[-1] for x in flat)), axis=-1)[: len(flat)]
     same = [part.reshape(x.shape) for part, x in zip(parts, tokens, strict=True)]
     return same, there[..., None, None], waiting
 

@@ -136,7 +136,13 @@ class Engine:
                 raise ValueError(f"{name}={value} must be at least {least}")
         if store is not None and cache_bytes < state_lib.state_bytes(config):
             raise ValueError(f"cache_bytes={cache_bytes} must hold a state from the store: give more")
-        self.params, self.config, self.slots, self.piece, self.waiting = params, config, slots, piece, waiting
+        self.params, self.config, self.slots, self.piece, self.waiting = (
+            lm.as_bits(params),
+            config,
+            slots,
+            piece,
+            waiting,
+        )
         self.prefixes = prefixes.Prefixes(piece, cache_bytes, store)
         self.read_tokens = self.drawn_tokens = self.steps = 0
         self._queue: collections.deque[Job] = collections.deque()

@@ -103,18 +103,11 @@ def write(
     count = jnp.where(begins, 0, state.count) + valid
     done = count >= chunk_size
 
-    def unchanged(weights, velocity, pending, momentum_sum):
-        pending = jax.tree.map(jnp.add, pending, _gradient(token))
-        return weights, velocity, pending, momentum_sum + momentum
-
     def changed(weights, velocity, pending, momentum_sum):
-        start = begins[:, None, None, None]
+        start, end = begins[:, None, None, None], done[..., None, None, None]
         weights = jax.tree.map(lambda w, w0: jnp.where(start, w0[:, None], w), weights, init)
-        velocity, pending = jax.tree.map(lambda x: jnp.where(start, 0, x), (velocity, pending))
-        weights, velocity, pending, momentum_sum = unchanged(
-            weights, velocity, pending, jnp.where(begins[:, None], 0, momentum_sum)
-        )
-        end, mu = done[..., None, None, None], (momentum_sum / chunk_size)[..., None, None]
+        velocity = jax.tree.map(lambda m: jnp.where(start, 0, m), velocity)
+        mu = (momentum_sum / chunk_size)[..., None, None]
         velocity = jax.tree.map(lambda m, g: jnp.where(end, mu * m - g, m), velocity, pending)
         weights = jax.tree.map(
             lambda w, w0, m: jnp.where(end, w * xla.row_scale(w, w0[:, None]) + m, w), weights, init, velocity
@@ -122,8 +115,11 @@ def write(
         pending = jax.tree.map(lambda g: jnp.where(end, 0, g), pending)
         return weights, velocity, pending, jnp.where(done[..., None], 0, momentum_sum)
 
-    floats: Any = state[:4]
-    after: Any = jax.lax.cond(jnp.any(done | begins), changed, unchanged, *floats)
+    start = begins[:, None, None, None]
+    pending = jax.tree.map(lambda p, g: jnp.where(start, 0, p) + g, state.pending, _gradient(token))
+    momentum_sum = jnp.where(begins[:, None], 0, state.momentum_sum) + momentum
+    floats: Any = state.weights, state.velocity, pending, momentum_sum
+    after: Any = jax.lax.fori_loop(0, jnp.any(done | begins).astype(jnp.int32), lambda _, floats: changed(*floats), floats)
     return MemoryState._make((*after, jnp.where(done, 0, count)))
 
 
