@@ -55,6 +55,27 @@ def test_matches_reference(small_blocks, implementation, dtype, sink_slots, coun
     assert relative(got, want) < TOLERANCE[dtype]
 
 
+@pytest.mark.parametrize("implementation", [*IMPLEMENTATIONS, "reference"])
+def test_one_of_many_layers(small_blocks, implementation):
+    """And gradients, which are zero in the caches of the other layers."""
+    *inputs, position = make_inputs(41, 4, 2)
+    stacks = [jnp.stack([x[::-1], x, -x]) for x in inputs[3:]]
+    options = {"sink_slots": 3, "window": 6, "sinks": 2, "implementation": implementation}
+
+    def run(q, k, v, keys, values, layer):
+        out = swa_decode(q, k, v, keys, values, position, **options, layer=layer)
+        return jnp.sum(jnp.sin(out)), out
+
+    both = jax.jit(jax.grad(run, FLOATS, has_aux=True))
+    got, out = both(*inputs[:3], *stacks, jnp.int32(1))
+    want, right = jax.jit(jax.grad(functools.partial(run, layer=None), FLOATS, has_aux=True))(*inputs)
+    assert relative(out, right) < 1e-5
+    for ours, theirs in zip(got[:3], want[:3], strict=True):
+        assert relative(ours, theirs) < 1e-5
+    for ours, theirs in zip(got[3:], want[3:], strict=True):
+        assert relative(ours[1], theirs) < 1e-5 and not np.any(ours[::2])
+
+
 def test_reference_is_the_definition():
     """The past is written into slots token by token; what is wanted is computed from the past, not from the slots."""
     rng = np.random.default_rng(0)
@@ -113,6 +134,7 @@ def test_blocks_out_of_sight_are_not_read():
         ({"k": jnp.ones((2, 3, 8))}, ValueError, "k has shape"),
         ({"v": jnp.ones((2, 1, 8))}, ValueError, "v has shape"),
         ({"keys": jnp.ones((2, 5, 8))}, ValueError, "keys has shape"),
+        ({"keys": jnp.ones((2, 5, 2, 8)), "layer": 0}, ValueError, "keys has shape"),
         ({"sink_slots": 5}, ValueError, "sink_slots=5"),
         ({"values": jnp.ones((2, 6, 2, 8))}, ValueError, "values has shape"),
         ({"values": jnp.ones((2, 5, 2, 8), jnp.bfloat16)}, TypeError, "values is bfloat16"),

@@ -315,7 +315,7 @@ def test_states_are_files(tmp_path, config):
         (dict(n_layers=2), "the state's conv is"),
         (
             dict(delay=True),
-            r"the state's waiting is \(3, 2, 1, 60\), where mixer='allmem' and 2 rows of tokens need none",
+            r"the state's waiting is \(3, 2, 1, 128\), where mixer='allmem' and 2 rows of tokens need none",
         ),
     ],
 )

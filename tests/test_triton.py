@@ -149,11 +149,12 @@ def test_decode_matches_reference(dtype, sink_slots, count, heads, dim, window, 
     rng = np.random.default_rng(0)
     position = jnp.asarray([0, 1, count // 2, count, 2 * count + 7], jnp.int32)
     rows = len(position)
-    shapes = ((rows, heads[0], dim), *[(rows, heads[1], dim)] * 2, *[(rows, count, heads[1], dim)] * 2)
+    shapes = ((rows, heads[0], dim), *[(rows, heads[1], dim)] * 2, *[(3, rows, count, heads[1], dim)] * 2)
     arrays = [jnp.asarray(rng.normal(size=shape), dtype) for shape in shapes]
     limits = position, jnp.int32(window), jnp.int32(sinks)
-    got = jax.jit(decode_triton.decode, static_argnums=(0, 1))(sink_slots, 0.3, *arrays, *limits)
-    want = swa_reference.swa_decode(sink_slots, 0.3, *(x.astype(jnp.float32) for x in arrays), *limits)
+    got = jax.jit(decode_triton.decode, static_argnums=(0, 1))(sink_slots, 0.3, *arrays, *limits, jnp.int32(1))
+    wide = [x.astype(jnp.float32) for x in arrays]
+    want = swa_reference.swa_decode(sink_slots, 0.3, *wide[:3], *(x[1] for x in wide[3:]), *limits)
     assert got.dtype == dtype
     assert relative(got, want) < TOLERANCE[jnp.dtype(dtype).type]
 

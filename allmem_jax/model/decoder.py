@@ -21,17 +21,17 @@ class DecoderLayer(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, scanned: tuple[jax.Array, layers.LayerState | None], shared: layers.Shared
+        self, x: jax.Array, scanned: tuple[jax.Array, jax.Array, layers.LayerState | None], shared: layers.Shared
     ) -> tuple[jax.Array, layers.LayerState | None]:
-        """x [B, L, d]; scanned: is_local bool [] and this layer's state -> [B, L, d] and what is new in it."""
+        """x [B, L, d]; scanned: this layer's number, is_local [] and state -> [B, L, d] and what is new in it."""
         c = self.config
-        is_local, state = scanned
+        layer, is_local, state = scanned
 
         def norm(name: str, value: jax.Array) -> jax.Array:
             return layers.RMSNorm(c.norm_eps, c.norm_offset, name=name)(value)
 
         normed = norm("input_norm", x)
-        mixed, new = layers.Attention(c, name="attention")(normed, is_local, state, shared)
+        mixed, new = layers.Attention(c, name="attention")(normed, is_local, state, shared, layer)
         x = x + (norm("post_attention_norm", mixed) if c.sandwich_norms else mixed)
         learned = None
         if c.mixer in MEMORIES:

@@ -189,26 +189,29 @@ def attend_cached(
     window: jax.Array | int,
     sinks: jax.Array | int,
     scale: float,
+    layer: jax.Array | None = None,
     implementation: str | None = None,
 ) -> jax.Array:
     """Attention of L new tokens to the ring cache of one layer and to each other; `write_cache` then adds them to it.
 
     Arguments and result are those of `ring.attend`, with `cache` the keys and values in any dtype, and q and k rotated
     to their absolute positions. One token a row is decoded by `pallas_kernels.swa_decode`, which `implementation` is
-    for. Under a mesh every device computes its own rows and heads; see `sharding.over_rows_and_heads`.
+    for, and `layer`, with which `cache` is that of all layers. Under a mesh as `attend`.
     """
 
-    def local(q, k, v, keys, values, position, lengths, window, sinks):
+    def local(q, k, v, keys, values, position, lengths, window, sinks, layer):
         sizes = {"sink_slots": sink_slots, "window": window, "sinks": sinks, "scale": scale}
         held = keys.astype(k.dtype), values.astype(v.dtype)
         if q.shape[1] == 1:
-            one = q[:, 0], k[:, 0], v[:, 0]
-            return pallas_kernels.swa_decode(*one, *held, position, implementation=implementation, **sizes)[:, None]
+            one = q[:, 0], k[:, 0], v[:, 0], *held, position
+            options: Any = {**sizes, "layer": layer, "implementation": implementation}
+            return pallas_kernels.swa_decode(*one, **options)[:, None]
         return ring.attend(q, k, v, *held, position, lengths, **sizes)
 
     tokens, rows, every = PartitionSpec("rows", None, "heads"), PartitionSpec("rows"), PartitionSpec()
-    arguments = (q, k, v, *cache, position, lengths, jnp.asarray(window), jnp.asarray(sinks))
-    where = (*(tokens,) * 5, rows, rows, every, every)
+    held = tokens if layer is None else PartitionSpec(None, *tokens)
+    arguments = (q, k, v, *cache, position, lengths, jnp.asarray(window), jnp.asarray(sinks), layer)
+    where = (tokens, tokens, tokens, held, held, rows, rows, *(every,) * 3)
     return sharding.over_rows_and_heads(local, arguments, where, tokens, q.shape[0], k.shape[2])
 
 
@@ -378,16 +381,14 @@ def write_memory(
     token: decode.TokenGradient,
     fresh: jax.Array,
     valid: jax.Array,
-    *,
     chunk: int,
 ) -> pallas_kernels.MemoryState:
     """`decode.write`, once for all layers, under a mesh by every device on its own rows and heads."""
     leaf, rows = PartitionSpec(None, "rows", "heads"), PartitionSpec("rows")
     after = pallas_kernels.MemoryState._make((leaf, leaf, leaf, leaf, PartitionSpec(None, "rows")))
-    where = (after, PartitionSpec(None, "heads"), leaf, rows, rows)
+    where, arguments = (after, PartitionSpec(None, "heads"), leaf, rows, rows), (state, init, token, fresh, valid)
     write = functools.partial(decode.write, chunk_size=chunk)
-    batch, heads = state.momentum_sum.shape[1:]
-    return sharding.over_rows_and_heads(write, (state, init, token, fresh, valid), where, after, batch, heads)
+    return sharding.over_rows_and_heads(write, arguments, where, after, *state.momentum_sum.shape[1:])
 
 
 def started(state: Any, first: Any, fresh: jax.Array) -> Any:

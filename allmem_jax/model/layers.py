@@ -34,6 +34,7 @@ class Shared(NamedTuple):
       segment_ids: int32 [B, L] of packed documents, or None.
       reset: bool [B, L], first tokens of documents, or None.
       position, lengths: int32 [B] when decoding with a state, else None.
+      caches: keys and values of all layers, [Y, B, S + W, Hkv, D], where the layers' states come without them.
     """
 
     rope: Rope | None
@@ -44,6 +45,7 @@ class Shared(NamedTuple):
     reset: jax.Array | None = None
     position: Any = None
     lengths: Any = None
+    caches: Any = None
 
 
 class LayerState(NamedTuple):
@@ -112,15 +114,18 @@ def of_state(state: Any) -> LayerState:
     return LayerState(state.keys, state.values, state.conv, state.memory, state.waiting)
 
 
-def of_one_token(past: LayerState, position: Any) -> LayerState:
-    """`past`, leaves [Y, B, ...], with what one more token needs of `waiting`: the slot that it takes.
+def of_one_token(past: LayerState, shared: Shared) -> tuple[LayerState, Shared]:
+    """`past`, leaves [Y, B, ...], with what one more token needs, and `shared` with the caches.
 
-    Or a loop over layers would copy all that waits.
+    A loop over layers copies what it hands to each: so of all that waits each has the slot that the token takes, and
+    the caches lie beside.
     """
-    if past.waiting is None:
-        return past
-    slot = (position % past.waiting.shape[2])[None, :, None, None]
-    return past._replace(waiting=jnp.take_along_axis(past.waiting, slot, axis=2))
+    waiting = past.waiting
+    if waiting is not None:
+        slot = (shared.position % waiting.shape[2])[None, :, None, None]
+        waiting = jnp.take_along_axis(waiting, slot, axis=2)
+    bare = past._replace(keys=None, values=None, waiting=waiting)
+    return bare, shared._replace(caches=(past.keys, past.values))
 
 
 def written(
@@ -138,7 +143,7 @@ def written(
     learned = new.memory
     if isinstance(learned, decode.TokenGradient):
         marks = shared.position == 0, shared.lengths > 0
-        learned = functional.write_memory(past.memory, initial_weights(memory), learned, *marks, chunk=c.chunk)
+        learned = functional.write_memory(past.memory, initial_weights(memory), learned, *marks, c.chunk)
     waiting = None
     if past.waiting is not None:  # as a cache with no sinks and one head
         waiting = functional.write_cache(past.waiting[..., None, :], new.waiting[..., None, :], *where, 0)[..., 0, :]
@@ -227,9 +232,12 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, is_local: jax.Array, state: LayerState | None, shared: Shared
+        self, x: jax.Array, is_local: jax.Array, state: LayerState | None, shared: Shared, layer: Any = None
     ) -> tuple[jax.Array, Rope | None]:
-        """x [B, L, d], is_local bool [] -> [B, L, d] and the new keys and values [B, L, Hkv, D], None without state."""
+        """x [B, L, d], is_local bool [] -> [B, L, d] and the new keys and values [B, L, Hkv, D], None without state.
+
+        `layer`, int32 [], says which of `shared.caches` are read; without them it plays no part.
+        """
         c = self.config
         scale = c.head_dim**-0.5 if c.query_scale is None else c.query_scale
 
@@ -256,8 +264,9 @@ class Attention(nn.Module):
         if state is None:
             out = functional.attend(q, k, v, segment_ids=shared.segment_ids, **sizes)
         else:
-            past = (state.keys, state.values), shared.position, shared.lengths
-            out = functional.attend_cached(q, k, v, *past, sink_slots=c.sinks, **sizes)
+            cache = (state.keys, state.values) if shared.caches is None else shared.caches
+            sizes |= {"sink_slots": c.sinks, "layer": None if shared.caches is None else layer}
+            out = functional.attend_cached(q, k, v, cache, shared.position, shared.lengths, **sizes)
             new = k, v
         return Linear(c.d_model, c.o_bias, name="o_proj")(out.reshape(*x.shape[:2], -1)), new
 

@@ -82,8 +82,10 @@ class AllMemLM(nn.Module):
             length=c.n_layers,
         )
         after: Any
-        seen = layers.of_one_token(past, position) if past is not None and tokens.shape[1] == 1 else past
-        x, after = stack(c, name="layers")(x, (local, seen), shared)
+        given = past
+        if past is not None and tokens.shape[1] == 1:
+            given, shared = layers.of_one_token(past, shared)
+        x, after = stack(c, name="layers")(x, (jnp.arange(c.n_layers), local, given), shared)
         x = layers.RMSNorm(c.norm_eps, c.norm_offset, name="final_norm")(x)
         result = x
         if not return_hidden:

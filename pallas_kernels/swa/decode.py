@@ -1,8 +1,9 @@
 """`swa_decode`: attention of one new token a row to a ring cache and to itself. Signature, checks, choice of backend.
 
-Axes: B batch, Hq query heads, Hkv key heads, G = Hq / Hkv, D head dim, S sink slots, W window slots, T = S + W slots.
+Axes: Y layers, B batch, Hq query heads, Hkv key heads, G = Hq / Hkv, D head dim, S sink slots, W window slots,
+T = S + W slots.
 
-What the cache holds is said in `ring`. It is read where it lies: no backend copies it or appends to it.
+What the cache holds is said in `ring`. It is read where it lies: no kernel copies it, or its layer, or appends to it.
 """
 
 import functools
@@ -29,6 +30,7 @@ def swa_decode(
     window: int | jax.Array,
     sinks: int | jax.Array = 0,
     scale: float | None = None,
+    layer: int | jax.Array | None = None,
     implementation: str | None = None,
 ) -> jax.Array:
     """Softmax attention of token `position` of each row, which sees itself and what the cache holds of its past.
@@ -39,12 +41,14 @@ def swa_decode(
     Args:
       q: [B, Hq, D], floating.
       k, v: [B, Hkv, D] in q's dtype, the token's own; Hq a multiple of Hkv.
-      keys, values: [B, S + W, Hkv, D] in q's dtype, before the token is written. Empty slots hold any finite numbers.
+      keys, values: [B, S + W, Hkv, D], or [Y, B, S + W, Hkv, D] with `layer`, in q's dtype, before the token is
+        written. Empty slots hold any finite numbers.
       position: int32 [B], tokens before this one.
       sink_slots: S, at least 0; the rest of the slots, at least one, is W.
       window: an int or a traced int32 scalar, at least 1. More than W tokens back there is nothing to see.
       sinks: first tokens of the row that are always seen, an int or a traced int32 scalar, 0 to S.
       scale: multiplies the scores; a Python number. None means D ** -0.5.
+      layer: which of the caches of all layers is read, from 0; an int or a traced int32 scalar.
       implementation: None for the best on the platform that the code is lowered for; or "xla", "pallas" (TPU),
         "triton" (NVIDIA GPUs), "reference".
 
@@ -55,20 +59,32 @@ def swa_decode(
       ValueError, TypeError: an argument that does not fit, by name.
       NotImplementedError: a named backend that cannot serve, with the reason; it is never replaced by another.
     """
+    if layer is None:
+        keys, values = keys[None], values[None]
     _check(q, k, v, keys, values, position, sink_slots)
     worth = ("pallas", "triton") if decode_tpu.worthwhile(keys) else ("triton",)
     serving = backends.serving("swa_decode", implementation, q, decode_tpu.why_not(q), worth)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    arrays = (q, k, v, keys, values, position.astype(jnp.int32), jnp.int32(window), jnp.int32(sinks))
+    arrays = (
+        q,
+        k,
+        v,
+        keys,
+        values,
+        position.astype(jnp.int32),
+        *map(jnp.int32, (window, sinks, 0 if layer is None else layer)),
+    )
     if implementation == "reference":
-        return reference.swa_decode(sink_slots, scale, *arrays)
+        own = (x[arrays[-1]] for x in (keys, values))
+        return reference.swa_decode(sink_slots, scale, q, k, v, *own, *arrays[5:-1])
     found: dict[str, Callable[..., Any]] = {name: _triton() if name == "triton" else _OWN[name] for name in serving}
     functions = {name: functools.partial(function, sink_slots, scale) for name, function in found.items()}
     return backends.run(implementation, functions, *arrays)
 
 
-def plain(sink_slots, scale, q, k, v, keys, values, position, window, sinks) -> jax.Array:
+def plain(sink_slots, scale, q, k, v, keys, values, position, window, sinks, layer) -> jax.Array:
     """`ring.attend` of one token, which costs less: scores of the cache and its own share one maximum and one sum."""
+    keys, values = (jax.lax.dynamic_index_in_dim(x, layer, keepdims=False) for x in (keys, values))
     batch, heads, dim = q.shape
     dtype = jnp.promote_types(q.dtype, jnp.float32)
     query = q.reshape(batch, k.shape[1], -1, dim)  # [B, Hkv, G, D]
@@ -91,7 +107,7 @@ def _with_gradient(function):
         floats, rest = arrays[:5], arrays[5:]
         return jax.vjp(lambda *floats: plain(sink_slots, scale, *floats, *rest), *floats)[1](d_out)
 
-    return backends.with_gradient(forward, backward, fixed=2, constants=3)
+    return backends.with_gradient(forward, backward, fixed=2, constants=4)
 
 
 _OWN = {"xla": plain, "pallas": _with_gradient(decode_tpu.decode)}
@@ -109,11 +125,12 @@ def _check(q, k, v, keys, values, position, sink_slots):
     batch, heads, dim = q.shape
     if k.ndim != 3 or k.shape[1] == 0 or heads % k.shape[1]:
         raise ValueError(f"swa_decode: k has shape {k.shape}; it must be [B, Hkv, D], Hkv a divisor of {heads}")
-    if keys.ndim != 4 or not 0 <= sink_slots < keys.shape[1]:
+    if keys.ndim != 5 or not 0 <= sink_slots < keys.shape[2]:
         raise ValueError(
-            f"swa_decode: keys has shape {keys.shape} and sink_slots={sink_slots}; it must be [B, S + W, Hkv, D]"
+            f"swa_decode: keys has shape {keys.shape} and sink_slots={sink_slots}; it must be [Y, B, S + W, Hkv, D], "
+            "or without layer [B, S + W, Hkv, D], which becomes [1, B, ...]"
         )
-    own, cache = (batch, k.shape[1], dim), (batch, keys.shape[1], k.shape[1], dim)
+    own, cache = (batch, k.shape[1], dim), (keys.shape[0], batch, keys.shape[2], k.shape[1], dim)
     shapes = {"k": (k, own), "v": (v, own), "keys": (keys, cache), "values": (values, cache)}
     for name, (x, shape) in shapes.items():
         if x.shape != shape:

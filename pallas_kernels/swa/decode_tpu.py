@@ -1,6 +1,7 @@
 """Attention of one new token a row to a ring cache, for TPUs: blocks of the cache stream through VMEM once.
 
-Axes: B batch, Hq query heads, Hkv key heads, D head dim, T slots, K slots of a block, N blocks, C = K Hkv columns.
+Axes: Y layers, B batch, Hq query heads, Hkv key heads, D head dim, T slots, K slots of a block, N blocks,
+C = K Hkv columns.
 
 A block [K, Hkv, D] is read as C rows of one matrix, which all query heads are multiplied with: every row has to pass
 into the matrix unit anyway, and doing so for all heads at once needs neither a transposed cache nor a loop. A column of
@@ -35,43 +36,49 @@ def why_not(q) -> str | None:
 
 
 def worthwhile(keys) -> bool:
-    """Whether the kernel reads a cache [B, T, Hkv, D] as fast as memory gives it, and faster than plain JAX does.
+    """Whether the kernel reads caches [Y, B, T, Hkv, D] as fast as memory gives it, and faster than plain JAX does.
 
     Blocks of fewer heads take longer to arrange than to read, and arrays of shorter heads lie transposed in memory.
     Plain JAX reads those in place.
     """
-    return keys.shape[2] % SUBLANES == 0 and keys.shape[3] % LANES == 0
+    return keys.shape[3] % SUBLANES == 0 and keys.shape[4] % LANES == 0
 
 
 def block_slots(keys) -> int:
-    """Returns K for a cache [B, T, Hkv, D]: blocks of at most BLOCK_BYTES, all alike."""
-    _, count, heads, dim = keys.shape
+    """Returns K for caches [Y, B, T, Hkv, D]: blocks of at most BLOCK_BYTES, all alike."""
+    count, heads, dim = keys.shape[2:]
     row = (heads + -heads % SUBLANES) * (dim + -dim % LANES) * keys.dtype.itemsize
     blocks = -(-count // max(BLOCK_BYTES // row, 1))
     multiple = LANES // math.gcd(heads, LANES)  # then C fills its lanes
     return min(count, -(-count // (blocks * multiple)) * multiple)
 
 
-def decode(sink_slots, scale, q, k, v, keys, values, position, window, sinks) -> jax.Array:
+def decode(sink_slots, scale, q, k, v, keys, values, position, window, sinks, layer) -> jax.Array:
     """See `pallas_kernels.swa_decode`."""
     batch, heads, dim = q.shape
-    count, kv_heads = keys.shape[1:3]
+    count, kv_heads = keys.shape[2:4]
     size = block_slots(keys)
     column = np.arange(size * kv_heads)
     others = np.arange(heads)[:, None] // (heads // kv_heads) != column % kv_heads  # [Hq, C]
     constants = np.where(others, MASKED, 0).astype(np.float32), (column // kv_heads).astype(np.int32)[None]
-    scalars = _blocks(size, sink_slots, count, position, window, sinks), position, window[None], sinks[None]
+    scalars = (
+        _blocks(size, sink_slots, count, position, window, sinks),
+        position,
+        window[None],
+        sinks[None],
+        layer[None],
+    )
 
     def of_row(b, *_):
         return b, 0, 0
 
-    def of_cache(b, t, blocks, *_):
-        return b, jnp.minimum(blocks[b, t] * size, count - size), 0, 0
+    def of_cache(b, t, blocks, *scalars):
+        return scalars[-1][0], b, jnp.minimum(blocks[b, t] * size, count - size), 0, 0
 
     def row(heads):
         return pl.BlockSpec((None, heads, dim), of_row)
 
-    cache = pl.BlockSpec((pl.Element(1), pl.Element(size), pl.Element(kv_heads), pl.Element(dim)), of_cache)
+    cache = pl.BlockSpec(tuple(map(pl.Element, (1, 1, size, kv_heads, dim))), of_cache)
     return pl.pallas_call(
         functools.partial(_kernel, sink_slots, scale * math.log2(math.e), count),
         grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -110,6 +117,7 @@ def _kernel(
     position,
     window,
     sinks,
+    layer,
     q,
     k,
     v,
@@ -120,8 +128,9 @@ def _kernel(
     out,
     *scratch,
 ):
-    """q, out [Hq, D]; k, v [Hkv, D]; keys, values [1, K, Hkv, D]; others [Hq, C]; offset [1, C]; scratch as in `_add`.
+    """Adds one block to one row's result.
 
+    q, out [Hq, D]; k, v [Hkv, D]; keys, values [1, 1, K, Hkv, D]; others [Hq, C]; offset [1, C]; scratch as in `_add`.
     The block is computed where it is the one that `blocks` names. Where a row sees nothing that is block 0, whose
     hidden scores weigh nothing beside the token's own.
     """
@@ -138,11 +147,11 @@ def _kernel(
 
     @pl.when(blocks[b, t] == t)
     def _():
-        size = keys.shape[1]
+        size = keys.shape[2]
         slot = jnp.minimum(t * size, count - size) + offset[...]
         seen = ring.in_sight(position[b], slot, sink_slots, count, window[0], sinks[0]) & (slot >= t * size)
         hidden = others[...] + jnp.where(seen, 0.0, MASKED)
-        _add(query, keys[0].reshape(-1, q.shape[1]), values[0].reshape(-1, q.shape[1]), hidden, *scratch)
+        _add(query, keys[0, 0].reshape(-1, q.shape[1]), values[0, 0].reshape(-1, q.shape[1]), hidden, *scratch)
 
     @pl.when(t == pl.num_programs(1) - 1)
     def _():

@@ -1,6 +1,7 @@
 """Attention of one new token a row to a ring cache in Triton, for NVIDIA GPUs.
 
-Axes: B batch, Hkv key heads, G query heads per key head, D head dim, T slots, P parts of a cache, N slots of a block.
+Axes: Y layers, B batch, Hkv key heads, G query heads per key head, D head dim, T slots, P parts of a cache,
+N slots of a block.
 
 A program reads one part of one key head's cache for its G queries. A small batch has fewer heads than the GPU has
 processors, so caches are then cut into parts, which are weighed against each other, and against the new token itself,
@@ -34,10 +35,10 @@ def parts_of(heads: int, count: int, block: int) -> int:
     return max(1, min(-(-PROGRAMS // heads), count // (2 * block), MOST_PARTS))
 
 
-def decode(sink_slots, scale, q, k, v, keys, values, position, window, sinks) -> jax.Array:
+def decode(sink_slots, scale, q, k, v, keys, values, position, window, sinks, layer) -> jax.Array:
     """See `pallas_kernels.swa_decode`."""
     batch, heads, dim = q.shape
-    count, kv_heads = keys.shape[1:3]
+    count, kv_heads = keys.shape[2:4]
     group = heads // kv_heads
     (tile,) = triton_call.choose(H100, dim, q.dtype)
     parts = parts_of(batch * kv_heads, count, tile.columns)
@@ -49,11 +50,12 @@ def decode(sink_slots, scale, q, k, v, keys, values, position, window, sinks) ->
         keys,
         values,
         position,
-        jnp.stack([window, sinks]),
+        jnp.stack([window, sinks, layer]),
         out=shapes,
         grid=(batch * kv_heads, parts),
         tile=tile,
         SCALE=scale * math.log2(math.e),
+        BATCH=batch,
         COUNT=count,
         SINK_SLOTS=sink_slots,
         HEADS=kv_heads,
@@ -90,6 +92,7 @@ def _kernel(
     out,
     sums,
     SCALE: tl.constexpr,
+    BATCH: tl.constexpr,
     COUNT: tl.constexpr,
     SINK_SLOTS: tl.constexpr,
     HEADS: tl.constexpr,
@@ -109,6 +112,7 @@ def _kernel(
     filled = (g < GROUP)[:, None] & (d < DIM)[None, :]
     query = tl.load(q + at, mask=filled, other=0.0)
     here, window, sinks = tl.load(position + b), tl.load(limits), tl.load(limits + 1)
+    cache = tl.load(limits + 2).to(tl.int64) * BATCH + b  # which of all layers' and rows'
     RING: tl.constexpr = COUNT - SINK_SLOTS
     newest = SINK_SLOTS + tl.maximum(here - 1 - SINK_SLOTS, 0) % RING
 
@@ -122,7 +126,7 @@ def _kernel(
         token = here - 1 - newest + slot - tl.where(slot > newest, RING, 0)
         token = tl.where(slot < SINK_SLOTS, slot, token)
         seen = (slot < stop) & ((here - token < window) | (token < sinks))
-        read = (b * COUNT + slot)[:, None] * (HEADS * DIM) + h * DIM + d[None, :]
+        read = (cache * COUNT + slot)[:, None] * (HEADS * DIM) + h * DIM + d[None, :]
         mask = seen[:, None] & (d < DIM)[None, :]
         key = tl.load(keys + read, mask=mask, other=0.0)
         value = tl.load(values + read, mask=mask, other=0.0)

@@ -58,16 +58,16 @@ def attention(
 def decode(
     name: str, dim: int, dtype: str, slots: int, *, groups: int = 2, kv_heads: int = 8, batch: int = 8
 ) -> jax.stages.Compiled:
-    """`swa_decode` for any window and sinks of a cache of that many slots, 128 of them for sinks."""
+    """`swa_decode` for any window and sinks of caches of two layers and that many slots, 128 of them for sinks."""
     q, k = (_array(batch, heads, dim, dtype=jnp.dtype(dtype)) for heads in (kv_heads * groups, kv_heads))
-    cache = _array(batch, slots, kv_heads, dim, dtype=jnp.dtype(dtype))
+    cache = _array(2, batch, slots, kv_heads, dim, dtype=jnp.dtype(dtype))
     size = _array(dtype=jnp.int32)
 
-    def step(q, k, v, keys, values, position, window, sinks):
-        sizes = {"sink_slots": 128, "window": window, "sinks": sinks}
+    def step(q, k, v, keys, values, position, window, sinks, layer):
+        sizes = {"sink_slots": 128, "window": window, "sinks": sinks, "layer": layer}
         return swa_decode(q, k, v, keys, values, position, **sizes, implementation=_backend(name))
 
-    return for_one_device(name, step, q, k, k, cache, cache, _array(batch, dtype=jnp.int32), size, size)
+    return for_one_device(name, step, q, k, k, cache, cache, _array(batch, dtype=jnp.int32), size, size, size)
 
 
 def _backend(name: str) -> str:

@@ -7,7 +7,8 @@ and hands out the products' factors. All layers' states then change in one pass,
 where a row completes its chunk or has just begun. `ttt_memory` of one token gives the same, and copies every state.
 """
 
-from typing import Any, NamedTuple
+import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -57,6 +58,11 @@ def read(
     Returns:
       [B, N, D] in q's dtype, and the gradient.
     """
+    with jax.named_scope("float32_weights"):  # as the state holds them: rounding them would cost more than the products
+        return _read(read_out, q, k, v, lr, momentum, init, weights)
+
+
+def _read(read_out, q, k, v, lr, momentum, init, weights) -> tuple[jax.Array, TokenGradient]:
     dtype = jnp.promote_types(q.dtype, jnp.float32)
     weights = jax.tree.map(lambda w: w.astype(dtype), weights)
     wide = [x.astype(dtype)[:, :, None] for x in (q, k, v)]
@@ -103,24 +109,46 @@ def write(
     count = jnp.where(begins, 0, state.count) + valid
     done = count >= chunk_size
 
-    def changed(weights, velocity, pending, momentum_sum):
-        start, end = begins[:, None, None, None], done[..., None, None, None]
-        weights = jax.tree.map(lambda w, w0: jnp.where(start, w0[:, None], w), weights, init)
-        velocity = jax.tree.map(lambda m: jnp.where(start, 0, m), velocity)
-        mu = (momentum_sum / chunk_size)[..., None, None]
-        velocity = jax.tree.map(lambda m, g: jnp.where(end, mu * m - g, m), velocity, pending)
-        weights = jax.tree.map(
-            lambda w, w0, m: jnp.where(end, w * xla.row_scale(w, w0[:, None]) + m, w), weights, init, velocity
-        )
-        pending = jax.tree.map(lambda g: jnp.where(end, 0, g), pending)
-        return weights, velocity, pending, jnp.where(done[..., None], 0, momentum_sum)
-
     start = begins[:, None, None, None]
     pending = jax.tree.map(lambda p, g: jnp.where(start, 0, p) + g, state.pending, _gradient(token))
     momentum_sum = jnp.where(begins[:, None], 0, state.momentum_sum) + momentum
-    floats: Any = state.weights, state.velocity, pending, momentum_sum
-    after: Any = jax.lax.fori_loop(0, jnp.any(done | begins).astype(jnp.int32), lambda _, floats: changed(*floats), floats)
-    return MemoryState._make((*after, jnp.where(done, 0, count)))
+    floats = xla.Floats(state.weights, state.velocity, pending, momentum_sum)
+    return MemoryState(*_where_due(chunk_size, begins, done, init, floats), jnp.where(done, 0, count))
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _where_due(chunk_size, begins, done, init, floats) -> xla.Floats:
+    """`_renewed` if any row has just begun or completes its chunk, in place.
+
+    It is a loop of no turn or one: a conditional's branches may want arrays in other layouts, and TPUs copy them.
+    """
+    turns = jnp.any(begins | done).astype(jnp.int32)
+    return jax.lax.fori_loop(0, turns, lambda _, floats: _renewed(chunk_size, begins, done, init, floats), floats)
+
+
+@_where_due.defjvp
+def _where_due_jvp(chunk_size, primals, tangents):
+    begins, done, init, floats = primals
+
+    def conditional(init, floats):
+        renewed = functools.partial(_renewed, chunk_size, begins, done)
+        return jax.lax.cond(jnp.any(begins | done), renewed, lambda _, floats: floats, init, floats)
+
+    return jax.jvp(conditional, (init, floats), tangents[2:])
+
+
+def _renewed(chunk_size, begins, done, init, floats) -> xla.Floats:
+    """Starts the rows of `begins` [B] with the initial weights and ends the chunks of `done` [Y, B]."""
+    start, end = begins[:, None, None, None], done[..., None, None, None]
+    weights = jax.tree.map(lambda w, w0: jnp.where(start, w0[:, None], w), floats.weights, init)
+    velocity = jax.tree.map(lambda m: jnp.where(start, 0, m), floats.velocity)
+    mu = (floats.momentum_sum / chunk_size)[..., None, None]
+    velocity = jax.tree.map(lambda m, g: jnp.where(end, mu * m - g, m), velocity, floats.pending)
+    weights = jax.tree.map(
+        lambda w, w0, m: jnp.where(end, w * xla.row_scale(w, w0[:, None]) + m, w), weights, init, velocity
+    )
+    pending = jax.tree.map(lambda g: jnp.where(end, 0, g), floats.pending)
+    return xla.Floats(weights, velocity, pending, jnp.where(done[..., None], 0, floats.momentum_sum))
 
 
 def _gradient(token: TokenGradient) -> FastWeights:
