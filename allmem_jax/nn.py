@@ -182,7 +182,7 @@ class WindowedAttention(_Attends, kw_only=True):
       qkv_bias, o_bias: biases of the projections.
       dtype: float32 or bfloat16, of activations, matmuls' inputs and results.
       implementation: of the kernels, see `pallas_kernels.swa_attention`; None means the best. Several tokens that come
-        with a state are read by plain JAX.
+        with a state have a kernel on TPUs alone.
     """
 
     _mixer = "swa"

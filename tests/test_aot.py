@@ -7,9 +7,12 @@ import re
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
+from allmem_jax.decoding import generation
 from allmem_jax.model import config as config_lib
 from allmem_jax.model import lm, sharding
+from allmem_jax.model import state as state_lib
 from pallas_kernels import tpu_kind
 from pallas_kernels.tools import compiling, topology
 from train.loop import optimizer as optimizer_lib
@@ -49,6 +52,18 @@ def test_memory_compiles(name, dim, dtype, chunk, masks, read_out):
     text = compiling.memory(name, dim, dtype, LENGTH, chunk, masks=masks, read_out=read_out).as_text()
     calls = ("triton_kernel_call",) if name == "h100" else ("ttt_memory_forward", "ttt_memory_backward")
     assert all(call in text for call in calls)
+
+
+@needs_tpu
+@pytest.mark.parametrize("name", topology.SMALLEST)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "dim,groups,kv_heads,slots,batch,length",
+    [(32, 1, 8, 300, 8, 16), (64, 3, 3, 1153, 2, 256), (128, 2, 8, 4224, 1, 1000), (256, 4, 2, 640, 8, 64)],
+)
+def test_prefill_compiles(name, dim, groups, kv_heads, slots, batch, length, dtype):
+    sizes = {"groups": groups, "kv_heads": kv_heads, "batch": batch, "length": length}
+    assert "swa_prefill" in compiling.prefill(name, dim, dtype, slots, **sizes).as_text()
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -119,6 +134,31 @@ def test_a_training_step_of_qwen3_compiles(name):
         compiled = jax.jit(step, donate_argnums=0).lower(state, place(backbone), batch, size, size, key).compile()
     assert compiled.as_text().count("triton_kernel_call" if name == "h100" else "tpu_custom_call") >= 5
     assert compiled.memory_analysis().temp_size_in_bytes < 12 * 2**30
+
+
+@needs_tpu
+def test_a_decode_step_copies_no_state():
+    """8 rows of Qwen3-0.6B, whose states are 5 GiB: caches and fast weights are read and written where they lie."""
+    config = config_lib.preset("qwen3-0.6b").replace(
+        mixer="allmem", window=4096, sinks=4, dtype="bfloat16", read_out="difference", delay=True
+    )
+    everywhere = NamedSharding(topology.mesh("v5e"), PartitionSpec())
+    rows = 8
+
+    def arguments():
+        params = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), lm.random_params(config))
+        state = state_lib.init_state(config, rows)
+        return params, jnp.zeros((rows, config.vocab_size)), state, jnp.zeros(rows, bool), jax.random.key(0)
+
+    def step(params, *rest):
+        return generation.decode_step.__wrapped__(params, config, *rest, generation.GREEDY)
+
+    shapes = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), jax.eval_shape(arguments)
+    )
+    compiled = jax.jit(step, donate_argnums=2).lower(*shapes).compile()
+    assert "swa_decode" in compiled.as_text()
+    assert compiled.memory_analysis().temp_size_in_bytes < 0.01 * state_lib.state_bytes(config, rows)
 
 
 LONG = [

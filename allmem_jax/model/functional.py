@@ -19,7 +19,7 @@ import pallas_kernels
 from allmem_jax.model import config as config_lib
 from allmem_jax.model import sharding
 from pallas_kernels import dots
-from pallas_kernels.swa import ring
+from pallas_kernels.swa import prefill, ring
 from pallas_kernels.ttt import decode
 
 
@@ -195,18 +195,17 @@ def attend_cached(
     """Attention of L new tokens to the ring cache of one layer and to each other; `write_cache` then adds them to it.
 
     Arguments and result are those of `ring.attend`, with `cache` the keys and values in any dtype, and q and k rotated
-    to their absolute positions. One token a row is decoded by `pallas_kernels.swa_decode`, which `implementation` is
-    for, and `layer`, with which `cache` is that of all layers. Under a mesh as `attend`.
+    to their absolute positions. One token a row is decoded by `pallas_kernels.swa_decode`, which `layer` is for, with
+    which `cache` is that of all layers. Under a mesh as `attend`.
     """
 
     def local(q, k, v, keys, values, position, lengths, window, sinks, layer):
-        sizes = {"sink_slots": sink_slots, "window": window, "sinks": sinks, "scale": scale}
+        sizes: Any = dict(sink_slots=sink_slots, window=window, sinks=sinks, scale=scale, implementation=implementation)
         held = keys.astype(k.dtype), values.astype(v.dtype)
         if q.shape[1] == 1:
             one = q[:, 0], k[:, 0], v[:, 0], *held, position
-            options: Any = {**sizes, "layer": layer, "implementation": implementation}
-            return pallas_kernels.swa_decode(*one, **options)[:, None]
-        return ring.attend(q, k, v, *held, position, lengths, **sizes)
+            return pallas_kernels.swa_decode(*one, layer=layer, **sizes)[:, None]
+        return prefill.attend(q, k, v, *held, position, lengths, **sizes)
 
     tokens, rows, every = PartitionSpec("rows", None, "heads"), PartitionSpec("rows"), PartitionSpec()
     held = tokens if layer is None else PartitionSpec(None, *tokens)

@@ -9,8 +9,8 @@ decode_tpu, decode_triton  its kernels
 ring                       the ring cache: which token lies in which slot, and any number of new tokens in plain JAX
 """
 
-from pallas_kernels.swa import ring
+from pallas_kernels.swa import prefill, ring
 from pallas_kernels.swa.api import swa_attention
 from pallas_kernels.swa.decode import swa_decode
 
-__all__ = ["ring", "swa_attention", "swa_decode"]
+__all__ = ["prefill", "ring", "swa_attention", "swa_decode"]

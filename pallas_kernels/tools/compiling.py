@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
+from pallas_kernels.swa import prefill as swa_prefill
 from pallas_kernels.swa import swa_attention, swa_decode
 from pallas_kernels.tools import topology
 from pallas_kernels.ttt import FastWeights, ttt_memory
@@ -68,6 +69,29 @@ def decode(
         return swa_decode(q, k, v, keys, values, position, **sizes, implementation=_backend(name))
 
     return for_one_device(name, step, q, k, k, cache, cache, _array(batch, dtype=jnp.int32), size, size, size)
+
+
+def prefill(
+    name: str,
+    dim: int,
+    dtype: str,
+    slots: int,
+    *,
+    groups: int = 2,
+    kv_heads: int = 8,
+    batch: int = 8,
+    length: int = 256,
+) -> jax.stages.Compiled:
+    """`prefill.attend` of pieces of that length, on a TPU, to a cache of that many slots, 128 of them for sinks."""
+    q, k = (_array(batch, length, heads, dim, dtype=jnp.dtype(dtype)) for heads in (kv_heads * groups, kv_heads))
+    cache = _array(batch, slots, kv_heads, dim, dtype=jnp.dtype(dtype))
+    rows, size = _array(batch, dtype=jnp.int32), _array(dtype=jnp.int32)
+
+    def piece(q, k, v, keys, values, position, lengths, window, sinks):
+        sizes = {"sink_slots": 128, "window": window, "sinks": sinks, "scale": dim**-0.5}
+        return swa_prefill.attend(q, k, v, keys, values, position, lengths, **sizes, implementation="pallas")
+
+    return for_one_device(name, piece, q, k, k, cache, cache, rows, rows, size, size)
 
 
 def _backend(name: str) -> str:

@@ -3,12 +3,13 @@
     python -m pallas_kernels.tools.schedule v6e memory --dim 64 --chunk 2048
     python -m pallas_kernels.tools.schedule v5e attention --dim 128 --dtype float32
     python -m pallas_kernels.tools.schedule v5e decode --dim 128 --length 4224 --kv-heads 8
+    python -m pallas_kernels.tools.schedule v5e prefill --dim 128 --length 4224
 
 Bodies of loops count once and branches one after the other, so `bundles` is the length of the program, not its time.
 `main` is what lies between the first and the last bundle that uses a matrix unit: the work on one block of tokens (of
 attention, both ways to treat a block: with a mask and without). `floor` is what the matrix units alone would need for
-the memory's products on such a block, all of them busy in every cycle; of the decode step it is what HBM needs to give
-a block of the cache, and `main` has to be less.
+the products of the memory, or of a piece of a prompt, on such a block, all of them busy in every cycle; of the decode
+step it is what HBM needs to give a block of the cache, and `main` has to be less.
 """
 
 import argparse
@@ -89,7 +90,7 @@ def memory_floor(device: str, tokens: int, width: int, wide: int, backward: bool
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("device", help="v5e, v5p, v6e, tpu7x, or libtpu's name of a topology")
-    parser.add_argument("kernel", choices=("memory", "attention", "decode"))
+    parser.add_argument("kernel", choices=("memory", "attention", "decode", "prefill"))
     parser.add_argument("--dim", type=int, default=64, help="of a head")
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
     parser.add_argument("--chunk", type=int, default=2048, help="tokens per update of the memory")
@@ -108,7 +109,10 @@ def main() -> None:
         from pallas_kernels.tools import compiling
 
         shape = (arguments.device, arguments.dim, arguments.dtype, arguments.length)
-        of_kernel: Any = {"memory": {"chunk": arguments.chunk}, "decode": {"kv_heads": arguments.kv_heads}}
+        of_kernel: Any = {
+            "memory": {"chunk": arguments.chunk},
+            **dict.fromkeys(("decode", "prefill"), {"kv_heads": arguments.kv_heads}),
+        }
         compiled = getattr(compiling, arguments.kernel)(*shape, **of_kernel.get(arguments.kernel, {}))
         analysis: Any = compiled.memory_analysis()
         for schedule in read(pathlib.Path(folder), "ttt" if arguments.kernel == "memory" else "swa"):
@@ -117,6 +121,8 @@ def main() -> None:
                 line |= _block(arguments, "backward" in schedule.kernel)
             if arguments.kernel == "decode" and arguments.device in HBM:
                 line |= _slots(arguments)
+            if arguments.kernel == "prefill" and arguments.device in UNITS:
+                line |= _keys(arguments)
             print(json.dumps(line), flush=True)
 
 
@@ -145,10 +151,20 @@ def _slots(arguments: argparse.Namespace) -> dict[str, float]:
 
     from pallas_kernels.swa import decode_tpu
 
-    cache = jax.ShapeDtypeStruct((1, arguments.length, arguments.kv_heads, arguments.dim), arguments.dtype)
+    cache = jax.ShapeDtypeStruct((1, 1, arguments.length, arguments.kv_heads, arguments.dim), arguments.dtype)
     size = decode_tpu.block_slots(cache)
     bytes_read = 2 * size * arguments.kv_heads * arguments.dim * cache.dtype.itemsize
     return {"tokens": size, "floor": bytes_read / HBM[arguments.device]}
+
+
+def _keys(arguments: argparse.Namespace) -> dict[str, float]:
+    """The block of keys that `main` is about, and the least cycles for its two products with 512 columns of queries."""
+    from pallas_kernels.swa import prefill_tpu
+
+    side, units, rate = UNITS[arguments.device]
+    size, columns = prefill_tpu.KEYS, math.ceil(512 / side)
+    rows = size * math.ceil(arguments.dim / side) * columns + arguments.dim * math.ceil(size / side) * columns
+    return {"tokens": size, "floor": rows / (units * rate)}
 
 
 if __name__ == "__main__":

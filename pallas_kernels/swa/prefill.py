@@ -1,0 +1,65 @@
+"""Attention of a piece of a prompt to a ring cache and to itself: choice of backend.
+
+Axes: B batch, L new tokens, Hq query heads, Hkv key heads, D head dim, S sink slots, W window slots, T = S + W slots.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels import backends
+from pallas_kernels.swa import prefill_tpu, ring
+
+
+def attend(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    keys: jax.Array,
+    values: jax.Array,
+    position: jax.Array,
+    lengths: jax.Array,
+    *,
+    sink_slots: int,
+    window: int | jax.Array,
+    sinks: int | jax.Array,
+    scale: float,
+    implementation: str | None = None,
+) -> jax.Array:
+    """`ring.attend`, on a TPU by a kernel that keeps no scores. Its gradient is that of plain JAX.
+
+    Args:
+      q, k, v, keys, values, position, lengths, sink_slots, window, sinks, scale: as `ring.attend` takes them.
+      implementation: "pallas", the kernel for TPUs; None for the best; any other means plain JAX.
+    """
+    if implementation not in (None, "pallas"):
+        return ring.attend(
+            *(q, k, v, keys, values, position, lengths), sink_slots=sink_slots, window=window, sinks=sinks, scale=scale
+        )
+    worth = ("pallas",) if q.shape[1] >= backends.SHORTEST_FOR_KERNELS else ()
+    serving = backends.serving("swa prefill", implementation, q, prefill_tpu.why_not(q), worth)
+    functions = {name: functools.partial(_FUNCTIONS[name], sink_slots, float(scale)) for name in serving}
+    arrays = (q, k, v, keys, values, position.astype(jnp.int32), lengths.astype(jnp.int32))
+    return backends.run(implementation, functions, *arrays, jnp.int32(window), jnp.int32(sinks))
+
+
+def _plain(sink_slots, scale, *arrays) -> jax.Array:
+    *tokens, window, sinks = arrays
+    return ring.attend(*tokens, sink_slots=sink_slots, window=window, sinks=sinks, scale=scale)
+
+
+def _forward(sink_slots, scale, *arrays) -> tuple[jax.Array, Any]:
+    return prefill_tpu.attend(sink_slots, scale, *arrays), arrays
+
+
+def _backward(sink_slots, scale, arrays, d_out) -> tuple[jax.Array, ...]:
+    floats, rest = arrays[:5], arrays[5:]
+    return jax.vjp(lambda *floats: _plain(sink_slots, scale, *floats, *rest), *floats)[1](d_out)
+
+
+_FUNCTIONS: dict[str, Any] = {
+    "xla": _plain,
+    "pallas": backends.with_gradient(_forward, _backward, fixed=2, constants=4),
+}
