@@ -20,6 +20,7 @@ import tiny_folder
 from allmem_jax.checkpoints import tokenizer as tokenizer_lib
 from allmem_jax.decoding import chat, generation
 from allmem_jax.model import lm
+from allmem_jax.storage import stores
 
 httpx, openai = pytest.importorskip("httpx"), pytest.importorskip("openai")  # what the core tests go without
 pytest.importorskip("uvicorn")
@@ -27,7 +28,7 @@ pytest.importorskip("uvicorn")
 import tiny_server  # noqa: E402
 from tiny_server import PIECE, idle, running, served  # noqa: E402
 
-from allmem_jax.serving import engine, memories, programs  # noqa: E402
+from allmem_jax.serving import api, engine, memories, programs  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -168,10 +169,10 @@ def test_memories_are_read_once_kept_and_asked(model, server, client, tmp_path):
         )
         assert made.choices[0].text == wanted and made.usage.prompt_tokens == len(question)
     # Another server on the same folder has it too; one of another model does not.
-    with running(served(model, serves.memories.folder)) as other:
+    with running(served(model, serves.memories.place)) as other:
         body = {"prompt": question, "max_tokens": 6, "temperature": 0, "memory": "sea"}
         assert httpx.post(f"{other}/v1/completions", json=body).json()["choices"][0]["text"] == wanted
-    changed = memories.Memories(serves.memories.folder, config, "another")
+    changed = memories.Memories(serves.memories.place, config, "another")
     assert changed.all() == []
     with pytest.raises(ValueError, match="made by another model"):
         changed.start("sea")
@@ -180,13 +181,53 @@ def test_memories_are_read_once_kept_and_asked(model, server, client, tmp_path):
     assert httpx.delete(f"{address}/v1/memories/sea").status_code == 404
 
 
+def test_memories_in_an_object_store(model):
+    """Two servers share a place that is no folder; what one keeps anew the other has, and a damaged one is named."""
+    config, params, tokenizer = model
+    first, second = (memories.Memories("memory://sea/memories", config, "a" * 16) for _ in range(2))
+    for text in ("the sea", "the whale and the ship"):
+        _, state = generation.prefill(params, config, [tokenizer.encode(text)])
+        first.keep("b.c", state, int(state.position[0]))
+        found = second.start("b.c")
+        assert found.state.position == state.position and np.array_equal(found.state.keys, state.keys)
+    assert [each["name"] for each in second.all()] == ["b.c"]
+    assert len(stores.names("memory://sea/memories")) == 2
+    (file,) = (name for name in stores.names("memory://sea/memories") if name.endswith(".state"))
+    stores.write(f"memory://sea/memories/{file}", b"torn")
+    third = memories.Memories("memory://sea/memories", config, "a" * 16)
+    with pytest.raises(ValueError, match="memory 'b.c' cannot be used"):
+        third.start("b.c")
+    assert third.remove("b.c") and not third.remove("b.c") and not stores.names("memory://sea/memories")
+
+
+def test_health_tells_a_start_from_a_failure(model, tmp_path):
+    serves = served(model, tmp_path)
+
+    def health():
+        async def asked():
+            there = httpx.ASGITransport(app=api.application(serves))
+            async with httpx.AsyncClient(transport=there, base_url="http://here") as client:
+                return await client.get("/health")
+
+        answer = asyncio.run(asked())
+        return answer.status_code, answer.json()["status"]
+
+    assert health() == (503, "starting")
+    serves.engine.start()
+    while not serves.engine.ready:
+        time.sleep(0.05)
+    assert health() == (200, "ok")
+    serves.engine.stop()
+    assert health() == (503, "the server has stopped")
+
+
 def test_a_damaged_memory_is_one_clear_error(server):
     address, serves = server
     assert httpx.post(f"{address}/v1/memories", json={"name": "torn", "text": "the sea"}).status_code == 200
-    path = serves.memories.folder / "torn.state"
+    (path,) = serves.memories.place.glob("torn.*.state")
     path.write_bytes(path.read_bytes()[:-9])
     answer = httpx.post(f"{address}/v1/completions", json={"prompt": "x", "memory": "torn"})
-    assert answer.status_code == 400 and "torn.state is not a saved state" in answer.json()["error"]["message"]
+    assert answer.status_code == 400 and "state is not a saved state" in answer.json()["error"]["message"]
     serves.memories.remove("torn")
 
 
@@ -200,16 +241,17 @@ def test_memories_survive_their_writers(model, tmp_path):
         thread.start()
     for thread in threads:
         thread.join()
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["sea.json", "sea.state"]
+    whole = ["sea.json", f"sea.{kept.describe('sea')['id']}.state"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(whole)
     assert kept.start("sea").origin == kept.describe("sea")["id"].encode()
     gone = f"{os.uname().nodename}-{2**22 + 1}-{'0' * 32}"  # no process has this number
-    left = [tmp_path / f".a.state.{gone}.partial", tmp_path / "a.state"]
+    left = [tmp_path / f".a.state.{gone}.partial", tmp_path / f"a.{'0' * 32}.state", tmp_path / "a.state"]
     for path in left:
         path.write_bytes(b"half")
-    os.utime(left[1], (0, 0))
+        os.utime(path, (0, 0))
     memories.Memories(tmp_path, config, "a" * 16)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["sea.json", "sea.state"]
-    (tmp_path / "sea.state").unlink()
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*whole, "a.state"])  # that one is not ours
+    (tmp_path / whole[1]).unlink()
     assert kept.start("sea") is not None  # it is loaded
     assert memories.Memories(tmp_path, config, "a" * 16).start("sea") is None
 

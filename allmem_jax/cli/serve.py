@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import pathlib
 from typing import Annotated
 
 import tyro
@@ -21,7 +20,7 @@ def serve(
     piece: int = 256,
     waiting: int = 64,
     max_tokens: int = 1024,
-    memories: pathlib.Path = pathlib.Path("out/memories"),
+    memories: str = "out/memories",
     cache_mb: int = 1024,
     prefixes: str | None = None,
     prefixes_mb: int = 4096,
@@ -45,7 +44,7 @@ def serve(
         piece: Tokens of a prompt that are read between two tokens of everyone's answers.
         waiting: Requests that may wait for a slot; others are told to come again (429).
         max_tokens: Of a chat's answer, where the request says nothing.
-        memories: Folder for what was read once.
+        memories: Folder or URL for what was read once; all that share it have it.
         cache_mb: For states of beginnings that several requests share.
         prefixes: Folder or URL where these are kept beyond that; a restarted server has them, and all that share it.
         prefixes_mb: At most there; what was not used for longest is removed.
@@ -62,7 +61,7 @@ def serve(
         raise ValueError(f"serving needs more packages ({error}): pip install 'allmem-jax[serve]'") from None
     from allmem_jax.storage import stores
 
-    options.check_folder(memories)
+    stores.check_writable(memories, "memories")
     if prefixes is not None:
         stores.check_writable(prefixes, "prefixes")
     config, params, tokenizer = options.load_model(model, mixing)

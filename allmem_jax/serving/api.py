@@ -68,8 +68,8 @@ def _open(app: fastapi.FastAPI, served: answers.Served) -> None:
 
     @app.get("/health")
     async def health() -> fastapi.Response:
-        failed = served.engine.failed
-        return fastapi.responses.JSONResponse({"status": failed or "ok"}, status_code=503 if failed else 200)
+        status = served.engine.failed or ("ok" if served.engine.ready else "starting")
+        return fastapi.responses.JSONResponse({"status": status}, status_code=200 if status == "ok" else 503)
 
     @app.get("/metrics", response_class=fastapi.responses.PlainTextResponse)
     async def metrics() -> fastapi.Response:
@@ -120,7 +120,7 @@ def _memories(app: fastapi.FastAPI, served: answers.Served) -> None:
 
     @app.get("/v1/memories")
     async def listed() -> dict[str, Any]:
-        return {"object": "list", "data": await asyncio.to_thread(served.memories.all)}
+        return {"object": "list", "data": await _of_memory(served.memories.all)}
 
     @app.delete("/v1/memories/{name}")
     async def deleted(name: str) -> dict[str, Any]:
@@ -171,12 +171,14 @@ async def _start(served: answers.Served, memory: str | None) -> engine_lib.Start
     return start
 
 
-async def _of_memory(what: Callable[[str], Any], name: str) -> Any:
-    """What a method of the memories says of one, in a thread, as it reads files."""
+async def _of_memory(what: Callable[..., Any], *name: str) -> Any:
+    """What a method of the memories says, in a thread, as it reads files."""
     try:
-        return await asyncio.to_thread(what, name)
+        return await asyncio.to_thread(what, *name)
     except ValueError as error:
         raise shapes.Refused(400, str(error), "memory") from None
+    except OSError as error:
+        raise shapes.Refused(503, f"memories cannot be read now: {error}", "memory") from None
 
 
 def _absent(memory: str) -> shapes.Refused:

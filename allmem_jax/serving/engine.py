@@ -144,6 +144,7 @@ class Engine:
             waiting,
         )
         self.prefixes = prefixes.Prefixes(piece, cache_bytes, store)
+        self.ready = False  # the programs are compiled
         self.read_tokens = self.drawn_tokens = self.steps = 0
         self._queue: collections.deque[Job] = collections.deque()
         self._reading: collections.deque[Job] = collections.deque()
@@ -213,6 +214,7 @@ class Engine:
             self._fresh = state_lib.init_state(self.config, 1)
             self._blank = jnp.zeros((1, self.config.vocab_size), jnp.float32)
             self._compile()
+            self.ready = True
             while self._next():
                 if self._reading:
                     self._read_piece()

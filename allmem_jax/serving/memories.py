@@ -1,7 +1,8 @@
-"""Texts that were read once, by name: their states lie in a folder, and any request may go on from one.
+"""Texts that were read once, by name: their states lie in a folder or an object store, and requests go on from them.
 
-A memory is one file, NAME.state (`allmem_jax.save_state`), and NAME.json beside it, which says of which model it is and
-what it has read. The second is written last, so that a memory is there as a whole or not at all.
+A memory is two files, NAME.ID.state (`allmem_jax.save_state`) and NAME.json, which says its id, its model and what it
+has read. The second is written last, so that a memory is there as a whole or not at all, and of several that
+servers make of one name at once one is the last.
 """
 
 import contextlib
@@ -21,10 +22,12 @@ import numpy as np
 from allmem_jax.model import config as config_lib
 from allmem_jax.model import lm
 from allmem_jax.model import state as state_lib
-from allmem_jax.serving import engine
-from allmem_jax.storage import files
+from allmem_jax.serving import engine, prefix_store
+from allmem_jax.storage import files, stores
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+_ID = re.compile(r"[0-9a-f]{32}")
+_STATE = re.compile(rf"{NAME.pattern}\.{_ID.pattern}\.state")  # nothing else at the place is removed
 _HELD = 16  # memories that stay loaded
 _SAMPLE = 4096  # elements of an array that tell one model from another
 
@@ -39,20 +42,19 @@ def fingerprint(params: lm.Params, config: config_lib.ModelConfig) -> str:
 
 
 class Memories:
-    """The memories in one folder that are of one model."""
+    """The memories at one place that are of one model."""
 
-    def __init__(self, folder: pathlib.Path, config: config_lib.ModelConfig, model: str):
-        """`folder` is made when the first is kept; `model` is the fingerprint of the model.
+    def __init__(self, place: stores.AnyPath, config: config_lib.ModelConfig, model: str):
+        """`place` is a folder, made when the first is kept, or a URL; `model` is the fingerprint of the model.
 
         What a server that was killed left half-written is removed.
         """
-        self.folder, self.config, self.model = folder, config, model
+        self.place, self.config, self.model = place, config, model
+        if not stores.is_url(place):
+            files.sweep(pathlib.Path(place))
         self._writing = threading.Lock()
-        files.sweep(folder)
-        for state in folder.glob("*.state"):
-            if not state.with_suffix(".json").exists() and files.old(state):
-                state.unlink(missing_ok=True)
         self._load = functools.lru_cache(_HELD)(self._read)
+        self._tidy()
 
     def keep(self, name: str, state: state_lib.DecodeState, tokens: int) -> dict[str, Any]:
         """Writes a memory, in the place of one of the same name; returns what `describe` does."""
@@ -64,54 +66,87 @@ class Memories:
             "position": int(state.position[0]),
             "created": int(time.time()),
         }
-        path = self._path(name)
-        with self._writing:  # of two of one name both files are one's
-            path.with_suffix(".json").unlink(missing_ok=True)
-            about["bytes"] = state_lib.save_state(path, self.config, state)
-            files.write(path.with_suffix(".json"), json.dumps(about))
+        with self._writing:  # of several of one name here each removes the one before it
+            before = self.describe(name)
+            about["bytes"] = state_lib.save_state(stores.join(self.place, _state(about)), self.config, state)
+            files.write(stores.join(self.place, f"{name}.json"), json.dumps(about))
+            if before is not None:
+                self._drop(_state(before))
         return about
 
     def describe(self, name: str) -> dict[str, Any] | None:
-        """What is known of a memory; None where there is none of this name. ValueError where it is no name."""
-        path = self._path(name).with_suffix(".json")
+        """What is known of a memory; None where there is none of this name.
+
+        Raises:
+          ValueError: it is no name.
+          OSError: the place cannot be read.
+        """
+        if not NAME.fullmatch(name):
+            raise ValueError(f"{name!r} is no name of a memory: letters, digits, dots, dashes, at most 64")
         try:
-            about = json.loads(path.read_bytes())
-        except (OSError, ValueError):
+            about = json.loads(stores.read(stores.join(self.place, f"{name}.json")))
+        except (FileNotFoundError, ValueError):
             return None
-        return about if isinstance(about, dict) and about.get("name") == name else None
+        return about if isinstance(about, dict) and about.get("name") == name and _ID.fullmatch(_id(about)) else None
 
     def all(self) -> list[dict[str, Any]]:
         """What is known of every memory of this model, by name."""
-        names = sorted(path.stem for path in self.folder.glob("*.json") if NAME.fullmatch(path.stem))
-        return [about for about in map(self.describe, names) if about and about.get("model") == self.model]
+        return [about for about in self._every() if about.get("model") == self.model]
 
     def start(self, name: str) -> engine.Start | None:
         """What a request with this memory goes on from; None where there is none of this name.
 
         Raises:
           ValueError: it is damaged, or another model's.
+          OSError: the place cannot be read.
         """
-        about = self.describe(name)
-        if about is None:
-            return None
-        if about.get("model") != self.model:
-            raise ValueError(f"memory {name!r} was made by another model: read its text again with this one")
-        with contextlib.suppress(FileNotFoundError):  # deleted meanwhile
-            return self._load(name, str(about.get("id")))
+        for _ in range(2):  # the first may be replaced between its two files
+            about = self.describe(name)
+            if about is None:
+                break
+            if about.get("model") != self.model:
+                raise ValueError(f"memory {name!r} was made by another model: read its text again with this one")
+            with contextlib.suppress(FileNotFoundError):
+                return self._load(name, _id(about))
         return None
 
     def remove(self, name: str) -> bool:
         """Deletes a memory; False where there is none. Requests that go on from it are not disturbed."""
-        there = self.describe(name) is not None
-        for suffix in (".json", ".state"):
-            self._path(name).with_suffix(suffix).unlink(missing_ok=True)
-        return there
+        about = self.describe(name)
+        if about is None:
+            return False
+        self._drop(f"{name}.json")
+        self._drop(_state(about))
+        return True
+
+    def _every(self) -> list[dict[str, Any]]:
+        names = [file.removesuffix(".json") for file in stores.names(self.place) if file.endswith(".json")]
+        return [about for about in map(self.describe, filter(NAME.fullmatch, sorted(names))) if about]
+
+    def _tidy(self) -> None:
+        """Removes states that no memory has, if they are so old that none is about to."""
+        known = {_state(about) for about in self._every()}
+        for file, (_, written) in stores.listed(self.place).items():
+            if _STATE.fullmatch(file) and file not in known and time.time() - written > files.LONG:
+                self._drop(file)
+
+    def _drop(self, file: str) -> None:
+        with contextlib.suppress(FileNotFoundError):  # another was first
+            stores.remove(self.place, [file])
 
     def _read(self, name: str, which: str) -> engine.Start:
         """A memory as it was made with the id `which`, which no other has, nor the same name when it is made anew."""
-        return engine.Start(state_lib.load_state(self._path(name), self.config), which.encode())
+        path = stores.join(self.place, f"{name}.{which}.state")
+        try:
+            return engine.Start(prefix_store.read_state(path, self.config), which.encode())
+        except ValueError as error:
+            raise ValueError(f"memory {name!r} cannot be used: {error}. Read its text again") from None
 
-    def _path(self, name: str) -> pathlib.Path:
-        if not NAME.fullmatch(name):
-            raise ValueError(f"{name!r} is no name of a memory: letters, digits, dots, dashes, at most 64")
-        return self.folder / f"{name}.state"
+
+def _id(about: dict[str, Any]) -> str:
+    return str(about.get("id"))
+
+
+def _state(about: dict[str, Any]) -> str:
+    """The file of a memory's state."""
+    return f"{about['name']}.{_id(about)}.state"

@@ -77,7 +77,7 @@ class PrefixStore:
         if name not in self._known:
             return None
         try:
-            return self._read(name)
+            return read_state(stores.join(self.place, name), self.config)
         except FileNotFoundError:  # removed by another server
             pass
         except ValueError as error:
@@ -88,17 +88,6 @@ class PrefixStore:
             _LOG.warning("%s", error)
         self._known.pop(name, None)
         return None
-
-    def _read(self, name: str) -> state_lib.DecodeState:
-        path = stores.join(self.place, name)
-        with contextlib.ExitStack() as stack:
-            if stores.is_url(path):  # `stores.local` would keep its copy
-                copy = stack.enter_context(stores.scratch(pathlib.PurePosixPath(name).name))
-                copy.write_bytes(stores.read(path))
-                path = copy
-            state = state_lib.load_state(path, self.config)
-        state_lib.check_state(self.config, 1, state)
-        return state
 
     def _name(self, key: bytes) -> str:
         return f"{self.model}/{key.hex()}.state"
@@ -151,3 +140,20 @@ class PrefixStore:
                 stores.remove(self.place, [name])
             self._known.pop(name, None)
             self.held -= size
+
+
+def read_state(path: stores.AnyPath, config: config_lib.ModelConfig) -> state_lib.DecodeState:
+    """The state of one row in a file or at a URL, of which no copy is kept.
+
+    Raises:
+      FileNotFoundError, OSError: it is not there; the place cannot be read.
+      ValueError: it is damaged, or of another model.
+    """
+    with contextlib.ExitStack() as stack:
+        if stores.is_url(path):  # `stores.local` would keep its copy
+            copy = stack.enter_context(stores.scratch(pathlib.PurePosixPath(str(path)).name))
+            copy.write_bytes(stores.read(path))
+            path = copy
+        state = state_lib.load_state(path, config)
+    state_lib.check_state(config, 1, state)
+    return state

@@ -1,5 +1,6 @@
 """Files that are whole or not there."""
 
+import contextlib
 import os
 import pathlib
 import platform
@@ -9,7 +10,7 @@ import uuid
 
 from allmem_jax.storage import stores
 
-_LONG = 3600  # seconds that no writing of a file takes
+LONG = 3600  # seconds that no writing of a file takes
 
 
 def write(path: str | os.PathLike[str], content: bytes | str) -> None:
@@ -37,13 +38,6 @@ def sweep(folder: pathlib.Path) -> None:
     here = re.compile(rf"\..*\.{re.escape(platform.node())}-(\d+)-[0-9a-f]{{32}}\.partial")
     for left in folder.glob(".*.partial"):
         found = here.fullmatch(left.name)
-        if (found and not stores.alive(int(found[1]))) or old(left):
-            left.unlink(missing_ok=True)
-
-
-def old(path: pathlib.Path) -> bool:
-    """Whether a file was last written so long ago that nobody is about to write what belongs to it; or is not there."""
-    try:
-        return time.time() - path.stat().st_mtime > _LONG
-    except FileNotFoundError:
-        return True
+        with contextlib.suppress(FileNotFoundError):  # removed meanwhile
+            if (found and not stores.alive(int(found[1]))) or time.time() - left.stat().st_mtime > LONG:
+                left.unlink()
