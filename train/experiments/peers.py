@@ -11,6 +11,7 @@ import os
 import pathlib
 import platform
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
 from typing import Annotated, Any, Literal
@@ -20,7 +21,7 @@ import numpy as np
 import tqdm
 import tyro
 
-from allmem_jax.checkpoints import load
+from allmem_jax.checkpoints import load, save
 from allmem_jax.decoding import generation
 from allmem_jax.reporting import sections
 from train import errors
@@ -85,10 +86,10 @@ def _theirs(model: pathlib.Path, dtype: str) -> Run:
     import torch
     import transformers
 
-    where: dict[str, Any] = {"pretrained_model_name_or_path": str(model)}
-    if model.suffix == ".gguf":
-        where = {"pretrained_model_name_or_path": str(model.parent), "gguf_file": model.name}
-    network = transformers.AutoModelForCausalLM.from_pretrained(**where, dtype=getattr(torch, dtype)).eval()
+    config, params, _ = load.load_pretrained(model, dtype=dtype, mixer="full")
+    with tempfile.TemporaryDirectory() as folder:  # of a GGUF file transformers may keep the weights quantised
+        save.save_pretrained(folder, config, params)
+        network = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).eval()
 
     def run(tokens: list[int], decode: int) -> tuple[float, list[float]]:
         with torch.inference_mode():
