@@ -1,7 +1,7 @@
 """Generation with constant state: bounded prefill pieces, then one jitted step per token.
 
-Both programs compile once per (config, batch, piece) shape: prompts of any length go through in pieces of fixed size,
-each row at its own pace, and decoding has a fixed shape. Sampling settings are traced.
+Both programs compile once per (config, batch, piece) shape: prompts of any length go through in pieces of a fixed size,
+short ones in small pieces, each row at its own pace, and decoding has a fixed shape. Sampling settings are traced.
 
     B batch    T tokens of a prefill piece    V vocabulary
 """
@@ -52,7 +52,20 @@ def sample(key: jax.Array, logits: jax.Array, sampling: Sampling) -> jax.Array:
     """Draws int32 [B] from logits float32 [B, V]; the fields of `sampling` may be traced."""
 
     def draw(_) -> jax.Array:
-        scaled = logits / jnp.maximum(sampling.temperature, 1e-6)
+        return jax.random.categorical(key, likely(logits, sampling), axis=-1)
+
+    greedy = sampling.temperature <= 0
+    return jax.lax.cond(greedy, lambda _: jnp.argmax(logits, axis=-1), draw, None).astype(jnp.int32)
+
+
+def likely(logits: jax.Array, sampling: Sampling) -> jax.Array:
+    """Logits [B, V] by temperature, -inf for tokens that are not drawn; `sampling` has scalars or arrays [B, 1].
+
+    They are sorted only where that makes a difference: it takes as long as a step of a small model.
+    """
+    scaled = logits / jnp.maximum(sampling.temperature, 1e-6)
+
+    def best(scaled: jax.Array) -> jax.Array:
         order = jnp.argsort(-scaled, axis=-1, stable=True)  # rank -> token
         ranked = jnp.take_along_axis(scaled, order, axis=-1)
         kept = (jnp.arange(logits.shape[-1]) < sampling.top_k) | (sampling.top_k == 0)
@@ -61,10 +74,10 @@ def sample(key: jax.Array, logits: jax.Array, sampling: Sampling) -> jax.Array:
         kept = kept & ((before < sampling.top_p) | (sampling.top_p == 1))
         rows = jnp.arange(logits.shape[0])[:, None]
         allowed = jnp.zeros(logits.shape, bool).at[rows, order].set(kept)
-        return jax.random.categorical(key, jnp.where(allowed, scaled, -jnp.inf), axis=-1)
+        return jnp.where(allowed, scaled, -jnp.inf)
 
-    greedy = sampling.temperature <= 0
-    return jax.lax.cond(greedy, lambda _: jnp.argmax(logits, axis=-1), draw, None).astype(jnp.int32)
+    narrowed = jnp.any((jnp.asarray(sampling.top_k) > 0) | (jnp.asarray(sampling.top_p) < 1))
+    return jax.lax.cond(narrowed, best, lambda scaled: scaled, scaled)
 
 
 @functools.partial(jax.jit, static_argnames="config")
@@ -126,7 +139,7 @@ def prefill(
       config: the model. A "full" mixer gets a cache that holds what the rows have seen and the prompts.
       prompts: B lists of token ids, none empty.
       state: what the rows have already seen; None for nothing. It is read, not consumed: fork it at will.
-      piece: tokens read at a time; another value compiles anew.
+      piece: tokens read at a time; another value compiles anew. Prompts of at most half of it are read in smaller ones.
       progress: called with the number of prompt tokens just read.
 
     Returns:
@@ -151,6 +164,7 @@ def prefill(
     config, state = with_room(config, state, len(rows), max(map(len, rows)))
     logits = jnp.zeros((len(rows), config.vocab_size), jnp.float32)
     params = lm.as_bits(params)
+    piece = short_piece(piece) if max(map(len, rows)) <= piece // 2 else piece
     for start in range(0, max(map(len, rows)), piece):
         tokens = np.zeros((len(rows), piece), np.int32)
         lengths = np.zeros(len(rows), np.int32)
@@ -161,6 +175,11 @@ def prefill(
         if progress is not None:
             progress(int(lengths.sum()))
     return logits, state
+
+
+def short_piece(piece: int) -> int:
+    """Tokens of a smaller piece, for what would leave most of a whole one empty."""
+    return max(piece // 8, min(piece, 8))
 
 
 def stream(

@@ -1,8 +1,9 @@
 """One loop that serves many requests: a fixed number of slots, each a row of one batch with a state of constant size.
 
 Between two decoded tokens of all slots one request reads one piece of its prompt, in turns, so that no one waits for
-another's long prompt. A request joins the batch when its prompt is read, and leaves it between steps. Three programs
-are compiled, whatever comes: a piece of one row, the seating of a row, and a step of all.
+another's long prompt. A request joins the batch when its prompt is read, and leaves it between steps. Four programs are
+compiled, whatever comes: a piece of one row, a small one for what is left of a prompt, the seating of a row, and a step
+of all.
 """
 
 import collections
@@ -232,8 +233,9 @@ class Engine:
 
     def _compile(self) -> None:
         """Runs each program once, on rows that nobody has."""
-        tokens, none = np.zeros((1, self.piece), np.int32), np.zeros(1, np.int32)
-        logits, state = generation.prefill_piece(self.params, self.config, tokens, none, self._fresh, self._blank)
+        for size in (self.piece, generation.short_piece(self.piece)):
+            tokens, none = np.zeros((1, size), np.int32), np.zeros(1, np.int32)
+            logits, state = generation.prefill_piece(self.params, self.config, tokens, none, self._fresh, self._blank)
         self._seat(0, state, logits)
         self._draw()
 
@@ -245,8 +247,10 @@ class Engine:
             if self._stopping:
                 return False
             self._drop_cancelled()
-            while self._queue and self.active < self.slots:
-                self._reading.append(self._queue.popleft())
+            come: list[Job] = []
+            while self._queue and self.active + len(come) < self.slots:
+                come.append(self._queue.popleft())
+            self._reading.extendleft(reversed(come))  # whoever comes reads a piece at once, and then in turns
         return True
 
     def _drop_cancelled(self) -> None:
@@ -261,16 +265,20 @@ class Engine:
             job.deliver(Finished("cancelled"))
 
     def _read_piece(self) -> None:
-        """One piece of the prompt of the request whose turn it is."""
+        """One piece of the prompt of the request whose turn it is, or what is left of it in small ones."""
         job = self._reading.popleft()
         self._skip(job)
-        part = job.prompt[job._read : job._read + self.piece]
-        if len(part):
-            tokens, length = np.zeros((1, self.piece), np.int32), np.asarray([len(part)], np.int32)
+        left = len(job.prompt) - job._read
+        small = left <= self.piece // 2
+        size = generation.short_piece(self.piece) if small else self.piece
+        for start in range(job._read, job._read + (left if small else size), size):
+            part = job.prompt[start : start + size]
+            tokens, length = np.zeros((1, size), np.int32), np.asarray([len(part)], np.int32)
             tokens[0, : len(part)] = part
             job._logits, job._state = generation.prefill_piece(
                 self.params, self.config, tokens, length, job._state, job._logits
             )
+            jax.block_until_ready(job._logits)  # or the device would be given all of a prompt, and others wait for it
             job._read += len(part)
             self.read_tokens += len(part)
             if len(part) == self.piece:

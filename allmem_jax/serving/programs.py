@@ -76,13 +76,18 @@ def step(
 
 
 def _draw(logits: jax.Array, draws: Draws) -> jax.Array:
-    """int32 [B]; all rows are sorted only where one does not take the likeliest."""
-
-    def one(logits, seed, count, temperature, top_k, top_p):
-        key = jax.random.fold_in(jax.random.key(seed), count)
-        return generation.sample(key, logits[None], generation.Sampling(temperature, top_k, top_p))[0]
-
+    """int32 [B]; nothing is drawn where all rows take the likeliest."""
     greedy = jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    settings = (draws.seed, draws.count, draws.temperature, draws.top_k, draws.top_p)
     drawing = draws.live & (draws.temperature > 0)
-    return jax.lax.cond(drawing.any(), lambda: jax.vmap(one)(logits, *settings), lambda: greedy)
+
+    def one(seed, count, row):  # as `generation.sample` draws for a batch of one
+        key = jax.random.fold_in(jax.random.key(seed), count)
+        return jax.random.categorical(key, row[None], axis=-1)[0].astype(jnp.int32)
+
+    def drawn() -> jax.Array:
+        fields = draws.temperature, draws.top_k, draws.top_p
+        settings: Any = (jnp.where(drawing, field, off)[:, None] for field, off in zip(fields, (1, 0, 1), strict=True))
+        rows = generation.likely(logits, generation.Sampling(*settings))
+        return jnp.where(drawing, jax.vmap(one)(draws.seed, draws.count, rows), greedy)
+
+    return jax.lax.cond(drawing.any(), drawn, lambda: greedy)
