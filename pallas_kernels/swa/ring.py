@@ -54,18 +54,23 @@ def attend(q, k, v, keys, values, position, lengths, *, sink_slots: int, window,
     offsets = jnp.arange(length, dtype=jnp.int32)
     q_pos = position[:, None] + offsets  # [B, L]
     past = held(position[:, None], jnp.arange(count, dtype=jnp.int32), sink_slots, count)
-    k_pos = jnp.concatenate([past, q_pos], axis=1)  # [B, T + L]
-    real = jnp.concatenate([past >= 0, offsets < lengths[:, None]], axis=1)
-    distance = q_pos[:, :, None] - k_pos[:, None, :]
-    visible = (distance >= 0) & ((distance < window) | (k_pos < sinks)[:, None, :]) & real[:, None, :]
-
+    new = jnp.where(offsets < lengths[:, None], q_pos, -1)
     grouped = q.reshape(batch, length, k.shape[2], -1, dim)
-    scores = jnp.concatenate([dots.einsum("blhgd,bkhd->bhglk", grouped, x) for x in (keys, k)], axis=-1) * scale
-    scores = jnp.where(visible[:, None, None], scores, -1e30)
-    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)  # [B, Hkv, G, L, T + L]
-    cached, new = weights[..., :count], weights[..., count:]
-    out = dots.einsum("bhglk,bkhd->blhgd", cached, values) + dots.einsum("bhglk,bkhd->blhgd", new, v)
-    return out.reshape(batch, length, heads, dim).astype(q.dtype)
+
+    def scores(keys, token):
+        """[B, Hkv, G, L, X] of X keys, which hold those tokens [B, X]; -1 is none."""
+        distance = q_pos[:, :, None] - token[:, None]
+        visible = (token >= 0)[:, None] & (distance >= 0) & ((distance < window) | (token < sinks)[:, None])
+        found = dots.einsum("blhgd,bkhd->bhglk", grouped, keys) * scale
+        return jnp.where(visible[:, None, None], found, -1e30)
+
+    # Cache and new tokens share one maximum and one sum, but no array.
+    cached, own = scores(keys, past), scores(k, new)
+    top = jax.lax.stop_gradient(jnp.maximum(cached.max(-1, keepdims=True), own.max(-1, keepdims=True)))
+    cached, own = jnp.exp(cached - top), jnp.exp(own - top)
+    out = sum(dots.einsum("bhglk,bkhd->blhgd", w.astype(v.dtype), x) for w, x in ((cached, values), (own, v)))
+    total = jnp.moveaxis(cached.sum(-1) + own.sum(-1), 3, 1)[..., None]  # [B, L, Hkv, G, 1]
+    return (out / total).reshape(batch, length, heads, dim).astype(q.dtype)
 
 
 def write(cache: jax.Array, new: jax.Array, position: jax.Array, lengths: jax.Array, sink_slots: int) -> jax.Array:

@@ -19,6 +19,7 @@ from typing import Annotated, Any, Literal
 import jax
 import numpy as np
 import tqdm
+import transformers
 import tyro
 
 from allmem_jax.checkpoints import load, save
@@ -83,25 +84,22 @@ def _ours(model: pathlib.Path, dtype: str, mixer: str, window: int) -> Run:
 
 
 def _theirs(model: pathlib.Path, dtype: str) -> Run:
-    import torch
-    import transformers
-
     config, params, _ = load.load_pretrained(model, dtype=dtype, mixer="full")
     with tempfile.TemporaryDirectory() as folder:  # of a GGUF file transformers may keep the weights quantised
         save.save_pretrained(folder, config, params)
-        network = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).eval()
+        network = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval().requires_grad_(False)
 
     def run(tokens: list[int], decode: int) -> tuple[float, list[float]]:
-        with torch.inference_mode():
+        prompt = transformers.BatchEncoding({"input_ids": [tokens]}, tensor_type="pt")["input_ids"]
+        began = time.perf_counter()
+        out = network(prompt, use_cache=True, logits_to_keep=1)
+        seconds = time.perf_counter() - began
+        steps = []
+        for _ in range(decode - 1):
             began = time.perf_counter()
-            out = network(torch.tensor([tokens]), use_cache=True, logits_to_keep=1)
-            seconds = time.perf_counter() - began
-            steps = []
-            for _ in range(decode - 1):
-                began = time.perf_counter()
-                token = out.logits[:, -1].argmax(-1, keepdim=True)
-                out = network(token, past_key_values=out.past_key_values, use_cache=True)
-                steps.append(time.perf_counter() - began)
+            token = out.logits[:, -1].argmax(-1, keepdim=True)
+            out = network(token, past_key_values=out.past_key_values, use_cache=True)
+            steps.append(time.perf_counter() - began)
         return seconds, steps
 
     return run
