@@ -72,6 +72,28 @@ def with_gradient(
     return function
 
 
+def with_gradient_of(
+    plain: Callable[..., Any], function: Callable[..., Any], *, fixed: int, floats: int, constants: int
+) -> Callable[..., Any]:
+    """Returns `function` with the gradient of `plain`, which computes the same.
+
+    Args:
+      plain, function: (*fixed, *arrays) -> result.
+      fixed: number of leading arguments that are static.
+      floats, constants: number of arrays with a gradient, and of those without one, which come last.
+    """
+
+    def forward(*arguments):
+        return function(*arguments), arguments[fixed:]
+
+    def backward(*arguments):
+        *static, arrays, d_out = arguments
+        constant = arrays[floats:]
+        return jax.vjp(lambda *x: plain(*static, *x, *constant), *arrays[:floats])[1](d_out)
+
+    return with_gradient(forward, backward, fixed=fixed, constants=constants)
+
+
 def run(implementation: str | None, functions: Mapping[str, Callable[..., Any]], *operands: Any) -> Any:
     """Calls what `implementation` names, or for None the best for the platform that the code is lowered for.
 

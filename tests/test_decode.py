@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels import swa_decode
-from pallas_kernels.swa import decode_tpu
+from pallas_kernels.swa import decode_tpu, ring
 
 pytestmark = pytest.mark.core
 GPU = ("triton",) if jax.default_backend() == "gpu" else ()  # elsewhere tests/test_triton.py interprets its kernel
@@ -121,7 +121,7 @@ def test_gradients(implementation):
 
 def test_blocks_out_of_sight_are_not_read():
     position = jnp.asarray([0, 9, 40, 46, 70], jnp.int32)  # of 4 + 36 slots in blocks of 8: the newest is in 0 1 4 0 4
-    got = decode_tpu._blocks(8, 4, 40, position, jnp.int32(6), jnp.int32(2))
+    got = ring.blocks_in_sight(8, 4, 40, position, jnp.int32(6), jnp.int32(2))
     want = [[0, 0, 0, 0, 0], [0, 1, 1, 1, 1], [0, 0, 0, 0, 4], [0, 1, 1, 1, 1], [0, 0, 0, 3, 4]]
     assert got.tolist() == want
 

@@ -7,16 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
+from test_decode import TOLERANCE, relative
 
 from pallas_kernels.swa import prefill, prefill_tpu, ring
 
 pytestmark = pytest.mark.core
-TOLERANCE = {jnp.float32: 1e-5, jnp.bfloat16: 1e-2}
-
-
-def relative(a, b):
-    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
-    return np.linalg.norm(a - b) / np.linalg.norm(b)
 
 
 def make_inputs(length, count, heads, kv_heads, dim, dtype, seed=0):
@@ -66,13 +61,6 @@ def test_gradients_are_those_of_plain_jax():
         got = gradients("pallas")
     for ours, theirs in zip(got, gradients("xla"), strict=True):
         assert relative(ours, theirs) < 1e-5
-
-
-def test_blocks_out_of_sight_are_not_read():
-    position = jnp.asarray([0, 9, 40, 46, 70], jnp.int32)  # of 4 + 36 slots in blocks of 8: the newest is in 0 1 4 0 4
-    got = prefill_tpu._blocks(8, 4, 40, position, jnp.int32(6), jnp.int32(2))
-    want = [[0, 0, 0, 0, 0], [0, 1, 1, 1, 1], [0, 0, 0, 0, 4], [0, 1, 1, 1, 1], [0, 0, 0, 3, 4]]
-    assert got.tolist() == want
 
 
 def test_a_named_backend_is_never_replaced():

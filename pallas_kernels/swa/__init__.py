@@ -3,6 +3,7 @@
 api                        `swa_attention`: signature, checks, choice of backend
 reference, xla             dense, to compare with; blocks of plain JAX
 pallas_tpu, triton_gpu     the kernels of a whole row; `documents` is what they share on packed rows
+tpu_columns                how queries lie in those of TPUs, and their online softmax
 tpu_visits                 which tiles those of TPUs visit
 decode                     `swa_decode`: one token against the ring cache
 decode_tpu, decode_triton  its kernels

@@ -97,25 +97,13 @@ def plain(sink_slots, scale, q, k, v, keys, values, position, window, sinks, lay
     return (out / (weights.sum(-1, keepdims=True) + own)).reshape(q.shape).astype(q.dtype)
 
 
-def _with_gradient(function):
-    """Returns a backend's function with the gradient of `plain`."""
-
-    def forward(sink_slots, scale, *arrays):
-        return function(sink_slots, scale, *arrays), arrays
-
-    def backward(sink_slots, scale, arrays, d_out):
-        floats, rest = arrays[:5], arrays[5:]
-        return jax.vjp(lambda *floats: plain(sink_slots, scale, *floats, *rest), *floats)[1](d_out)
-
-    return backends.with_gradient(forward, backward, fixed=2, constants=4)
-
-
-_OWN = {"xla": plain, "pallas": _with_gradient(decode_tpu.decode)}
+_differentiable = functools.partial(backends.with_gradient_of, plain, fixed=2, floats=5, constants=4)
+_OWN = {"xla": plain, "pallas": _differentiable(decode_tpu.decode)}
 
 
 @functools.cache
 def _triton():
-    return _with_gradient(importlib.import_module("pallas_kernels.swa.decode_triton").decode)  # which imports triton
+    return _differentiable(importlib.import_module("pallas_kernels.swa.decode_triton").decode)  # which imports triton
 
 
 def _check(q, k, v, keys, values, position, sink_slots):

@@ -62,7 +62,7 @@ def decode(sink_slots, scale, q, k, v, keys, values, position, window, sinks, la
     others = np.arange(heads)[:, None] // (heads // kv_heads) != column % kv_heads  # [Hq, C]
     constants = np.where(others, MASKED, 0).astype(np.float32), (column // kv_heads).astype(np.int32)[None]
     scalars = (
-        _blocks(size, sink_slots, count, position, window, sinks),
+        ring.blocks_in_sight(size, sink_slots, count, position, window, sinks),
         position,
         window[None],
         sinks[None],
@@ -99,14 +99,6 @@ def decode(sink_slots, scale, q, k, v, keys, values, position, window, sinks, la
         ),
         name="swa_decode",
     )(*scalars, q, k, v, keys, values, *constants)
-
-
-def _blocks(size, sink_slots, count, position, window, sinks):
-    """Returns for each row and block the last block up to it with a slot in sight, int32 [B, N]; 0 where none is."""
-    n = np.arange(-(-count // size), dtype=np.int32)
-    slot = n[:, None] * size + np.arange(size, dtype=np.int32)  # [N, K], from T on there is none
-    seen = ring.in_sight(position[:, None, None], slot, sink_slots, count, window, sinks) & (slot < count)
-    return jnp.max(jnp.where(seen.any(-1)[:, None] & (n <= n[:, None]), n, 0), axis=-1)
 
 
 def _kernel(

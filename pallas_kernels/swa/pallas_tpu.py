@@ -6,11 +6,9 @@ query and of a key block, N number of query blocks, R = G * Q columns of a query
 Visits set the grid's last axis, so a tile that nobody sees costs nothing. A tile in which everybody sees everything is
 computed in one piece without a mask, any other in masked steps from the first to the last key in sight.
 
-All tiles are transposed, keys in rows and queries in columns: maxima and sums over keys are then plain vector
-operations, and what belongs to a query (maximum, sum, logsumexp, document) is one dense row. Scores are in base 2:
-queries come multiplied by scale * log2(e). The backward pass (as in FlashAttention-2) has a kernel for each order of
-the visits, as each sums in scratch what belongs to one block: d_q over its keys, d_k and d_v over its queries. Both
-compute the weights again from the saved logsumexp.
+Tiles are those of `tpu_columns`. The backward pass (as in FlashAttention-2) has a kernel for each order of the visits,
+as each sums in scratch what belongs to one block: d_q over its keys, d_k and d_v over its queries. Both compute the
+weights again from the saved logsumexp.
 """
 
 import functools
@@ -23,10 +21,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import dots
-from pallas_kernels.swa import tpu_visits
+from pallas_kernels.swa import tpu_columns, tpu_visits
 
-MASKED = -1e30
-COLUMNS = 256  # of the forward kernel at a time, so that one part's weights overlap with another's output
 VMEM_BYTES = 48 * 2**20
 
 
@@ -53,7 +49,7 @@ def forward(blocks, scale, q, k, v, window, sinks, segment_ids):
         [jax.ShapeDtypeStruct(queries.shape, q.dtype), jax.ShapeDtypeStruct((*outer, 1, columns), jnp.float32)],
         [(dim, columns), (1, columns), (1, columns)],
     )
-    out = _from_columns(out, q.shape)
+    out = tpu_columns.from_columns(out, q.shape)
     if segment_ids is not None:
         out = jnp.where((segment_ids != 0)[:, :, None, None], out, 0)
     return out, (q, k, v, window, sinks, segment_ids, out, lse)
@@ -75,7 +71,7 @@ def backward(blocks, scale, residuals, d_out):
     scratch = [(blocks.key, keys.shape[-1])] * 2
     d_k, d_v = _call(_key_gradient_kernel, blocks, plan, plan.by_key, inputs, [like_keys, like_keys], scratch)
     d_k, d_v = (jnp.swapaxes(x, 1, 2)[:, : k.shape[1]] for x in (d_k, d_v))
-    return _from_columns(d_q, q.shape), d_k, d_v
+    return tpu_columns.from_columns(d_q, q.shape), d_k, d_v
 
 
 def _call(kernel, blocks, plan, visits, inputs, outputs, scratch):
@@ -172,7 +168,7 @@ class Tile(NamedTuple):
         j = tpu_visits.field(self.code, "key") * self.blocks.key + at + _iota((size, self.blocks.query), 0)
         visible = (jnp.maximum(start, i - window + 1) <= j) & (j <= i)
         visible |= (start <= j) & (j < jnp.minimum(start + sinks, i + 1))
-        return jnp.concatenate([jnp.where(visible, 0.0, MASKED)] * self.group, axis=1)
+        return jnp.concatenate([jnp.where(visible, 0.0, tpu_columns.MASKED)] * self.group, axis=1)
 
 
 def _forward_kernel(tile, q, k, v, out, lse, accumulator, top, total):
@@ -180,25 +176,13 @@ def _forward_kernel(tile, q, k, v, out, lse, accumulator, top, total):
 
     @tile.when("first")
     def _():
-        accumulator[...] = jnp.zeros_like(accumulator)
-        top[...] = jnp.full_like(top, MASKED)
-        total[...] = jnp.zeros_like(total)
+        tpu_columns.clear(accumulator, top, total)
 
     @tile.for_each_part
     def _(at, size, mask):
         value = v[pl.ds(at, size), :]
         scores = dots.tiles("kd,dr->kr", k[pl.ds(at, size), :], q[...])
-        scores = scores + mask() if mask else scores
-        for first in range(0, q.shape[1], COLUMNS):
-            part = slice(first, min(first + COLUMNS, q.shape[1]))
-            new_top = jnp.maximum(top[:, part], jnp.max(scores[:, part], axis=0, keepdims=True))
-            weights = jnp.exp2(scores[:, part] - new_top)
-            decay = jnp.exp2(top[:, part] - new_top)
-            top[:, part] = new_top
-            total[:, part] = total[:, part] * decay + jnp.sum(weights, axis=0, keepdims=True)
-            accumulator[:, part] = accumulator[:, part] * decay + dots.tiles(
-                "kd,kr->dr", value, weights.astype(v.dtype)
-            )
+        tpu_columns.add(scores + mask() if mask else scores, value, accumulator, top, total)
 
     @tile.when("last")
     def _():
@@ -256,24 +240,11 @@ def _key_gradient_kernel(tile, q, d_out, lse, delta, k, v, d_k, d_v, k_accumulat
 
 
 def _queries(blocks, scale, q, heads):
-    """[B, L, Hq, D] -> [B, Hkv, N, D, R], multiplied so that scores are in base 2."""
-    return _columns(blocks, (q.astype(jnp.float32) * (scale * math.log2(math.e))).astype(q.dtype), heads)
+    return tpu_columns.queries(q, scale, heads, blocks.query, max(blocks.query, blocks.key))
 
 
 def _columns(blocks, x, heads):
-    """[B, L, Hq, X] -> [B, Hkv, N, X, R], columns in the order (G, Q); the tail is filled with zeros."""
-    batch, length, query_heads, dim = x.shape
-    x = jnp.pad(x, [(0, 0), (0, -length % max(blocks.query, blocks.key)), (0, 0), (0, 0)])
-    x = x.reshape(batch, -1, blocks.query, heads, query_heads // heads, dim)
-    return x.transpose(0, 3, 1, 5, 4, 2).reshape(batch, heads, x.shape[1], dim, -1)
-
-
-def _from_columns(x, shape):
-    """[B, Hkv, N, D, R] -> [B, L, Hq, D] of `shape`."""
-    batch, length, query_heads, dim = shape
-    _, heads, count = x.shape[:3]
-    x = x.reshape(batch, heads, count, dim, query_heads // heads, -1).transpose(0, 2, 5, 1, 4, 3)
-    return x.reshape(batch, -1, query_heads, dim)[:, :length]
+    return tpu_columns.columns(x, heads, blocks.query, max(blocks.query, blocks.key))
 
 
 def _rows(blocks, x):

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import backends
-from pallas_kernels.swa import prefill_tpu, ring
+from pallas_kernels.swa import decode_tpu, prefill_tpu, ring
 
 
 def attend(
@@ -34,12 +34,9 @@ def attend(
       q, k, v, keys, values, position, lengths, sink_slots, window, sinks, scale: as `ring.attend` takes them.
       implementation: "pallas", the kernel for TPUs; None for the best; any other means plain JAX.
     """
-    if implementation not in (None, "pallas"):
-        return ring.attend(
-            *(q, k, v, keys, values, position, lengths), sink_slots=sink_slots, window=window, sinks=sinks, scale=scale
-        )
+    implementation = implementation if implementation in (None, "pallas") else "xla"
     worth = ("pallas",) if q.shape[1] >= backends.SHORTEST_FOR_KERNELS else ()
-    serving = backends.serving("swa prefill", implementation, q, prefill_tpu.why_not(q), worth)
+    serving = backends.serving("swa prefill", implementation, q, decode_tpu.why_not(q), worth)
     functions = {name: functools.partial(_FUNCTIONS[name], sink_slots, float(scale)) for name in serving}
     arrays = (q, k, v, keys, values, position.astype(jnp.int32), lengths.astype(jnp.int32))
     return backends.run(implementation, functions, *arrays, jnp.int32(window), jnp.int32(sinks))
@@ -50,16 +47,7 @@ def _plain(sink_slots, scale, *arrays) -> jax.Array:
     return ring.attend(*tokens, sink_slots=sink_slots, window=window, sinks=sinks, scale=scale)
 
 
-def _forward(sink_slots, scale, *arrays) -> tuple[jax.Array, Any]:
-    return prefill_tpu.attend(sink_slots, scale, *arrays), arrays
-
-
-def _backward(sink_slots, scale, arrays, d_out) -> tuple[jax.Array, ...]:
-    floats, rest = arrays[:5], arrays[5:]
-    return jax.vjp(lambda *floats: _plain(sink_slots, scale, *floats, *rest), *floats)[1](d_out)
-
-
 _FUNCTIONS: dict[str, Any] = {
     "xla": _plain,
-    "pallas": backends.with_gradient(_forward, _backward, fixed=2, constants=4),
+    "pallas": backends.with_gradient_of(_plain, prefill_tpu.attend, fixed=2, floats=5, constants=4),
 }

@@ -9,6 +9,7 @@ tokens of each row, whatever its phase. It is read where it lies: nothing here c
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from pallas_kernels import dots
 
@@ -32,6 +33,22 @@ def in_sight(position, slot, sink_slots: int, count: int, window, sinks) -> jax.
     """Returns whether token `position` sees what those slots hold, bool; arguments as in `held`."""
     token = held(position, slot, sink_slots, count)
     return (token >= 0) & ((position - token < window) | (token < sinks))
+
+
+def blocks_in_sight(size: int, sink_slots: int, count: int, position, window, sinks) -> jax.Array:
+    """Returns for each row and block the last block up to it with a slot in sight, int32 [B, N]; 0 where none is.
+
+    Args:
+      size: slots of each of the N blocks; the last one has fewer where it does not divide T.
+      sink_slots: S.
+      count: T.
+      position: int32 [B], tokens so far: what the next one does not see, none after it does.
+      window, sinks: as in `in_sight`.
+    """
+    n = np.arange(-(-count // size), dtype=np.int32)
+    slot = n[:, None] * size + np.arange(size, dtype=np.int32)  # [N, size], from T on there is none
+    seen = in_sight(position[:, None, None], slot, sink_slots, count, window, sinks) & (slot < count)
+    return jnp.max(jnp.where(seen.any(-1)[:, None] & (n <= n[:, None]), n, 0), axis=-1)
 
 
 def attend(q, k, v, keys, values, position, lengths, *, sink_slots: int, window, sinks, scale) -> jax.Array:

@@ -74,18 +74,8 @@ def _read(read_out, q, k, v, lr, momentum, init, weights) -> tuple[jax.Array, To
     _, k, v = (x[:, :, 0] for x in wide)
     gate = dots.einsum("bnd,bnhd->bnh", k, weights.gate) * scale.gate
     up = dots.einsum("bnd,bnhd->bnh", k, weights.up) * scale.up
-    down = dots.einsum("bnd,bndh->bnh", v * scale.down, weights.down)
-    sigmoid = jax.nn.sigmoid(gate)
-    silu = gate * sigmoid
-    lr = -lr.astype(dtype)
-    gradient = TokenGradient(
-        d_gate=lr[..., 0:1] * down * up * (sigmoid + silu * (1 - sigmoid)),
-        d_up=lr[..., 1:2] * down * silu,
-        hidden=lr[..., 2:3] * silu * up,
-        k=k,
-        v=v,
-        momentum=momentum.astype(dtype),
-    )
+    back = dots.einsum("bnd,bndh->bnh", v * scale.down, weights.down)
+    gradient = TokenGradient(*xla.factors(gate, up, back, lr.astype(dtype)), k, v, momentum.astype(dtype))
     return out[:, :, 0].astype(q.dtype), gradient
 
 
@@ -139,16 +129,13 @@ def _where_due_jvp(chunk_size, primals, tangents):
 
 def _renewed(chunk_size, begins, done, init, floats) -> xla.Floats:
     """Starts the rows of `begins` [B] with the initial weights and ends the chunks of `done` [Y, B]."""
-    start, end = begins[:, None, None, None], done[..., None, None, None]
-    weights = jax.tree.map(lambda w, w0: jnp.where(start, w0[:, None], w), floats.weights, init)
-    velocity = jax.tree.map(lambda m: jnp.where(start, 0, m), floats.velocity)
-    mu = (floats.momentum_sum / chunk_size)[..., None, None]
-    velocity = jax.tree.map(lambda m, g: jnp.where(end, mu * m - g, m), velocity, floats.pending)
-    weights = jax.tree.map(
-        lambda w, w0, m: jnp.where(end, w * xla.row_scale(w, w0[:, None]) + m, w), weights, init, velocity
-    )
-    pending = jax.tree.map(lambda g: jnp.where(end, 0, g), floats.pending)
-    return xla.Floats(weights, velocity, pending, jnp.where(done[..., None], 0, floats.momentum_sum))
+
+    def layer(done, init, floats):
+        weights, velocity = xla.select(begins, xla.initial(floats, init)[:2], floats[:2])  # pending is this token's
+        floats = floats._replace(weights=weights, velocity=velocity)
+        return xla.select(done, xla.update(floats, init, chunk_size), floats)
+
+    return jax.vmap(layer)(done, init, floats)
 
 
 def _gradient(token: TokenGradient) -> FastWeights:

@@ -160,16 +160,16 @@ def _count(mask: jax.Array) -> jax.Array:
 
 def _block(kernels, phases, chunk_size, plan, floats, tokens, init) -> tuple[jax.Array, Floats]:
     """Returns out [B, N, T, D] of one block and the state after it."""
-    fresh = _fresh(floats, init)
+    fresh = initial(floats, init)
     if phases.resets:
-        floats = _select(plan.restart, fresh, floats)
+        floats = select(plan.restart, fresh, floats)
     out, floats = _piece(kernels, floats, init, tokens, plan.head, plan.head)
-    floats = _select(plan.done, _update(floats, init, chunk_size), floats)
+    floats = select(plan.done, update(floats, init, chunk_size), floats)
     if phases.tail:
         more, floats = _piece_if_any(kernels, floats, init, tokens, plan.tail, plan.tail)
         out += more
     if phases.resets:
-        floats = _select(plan.renew, fresh, floats)
+        floats = select(plan.renew, fresh, floats)
     if phases.later:
         more, floats = _piece_if_any(kernels, floats, init, tokens, plan.later, plan.last)
         out += more
@@ -213,12 +213,7 @@ def apply(w: FastWeights, q: jax.Array) -> jax.Array:
 def _gradient(w: FastWeights, k: jax.Array, v: jax.Array, lr: jax.Array) -> FastWeights:
     """Returns the gradient of sum_t -lr_t <f(W, k_t), v_t>, with a learning rate for each of the three weights."""
     gate, up = dots.einsum("bntd,bnhd->bnth", k, w.gate), dots.einsum("bntd,bnhd->bnth", k, w.up)
-    sigmoid = jax.nn.sigmoid(gate)
-    silu = gate * sigmoid
-    d_hidden = -dots.einsum("bntd,bndh->bnth", v, w.down)
-    d_gate = lr[..., 0:1] * d_hidden * up * (sigmoid + silu * (1 - sigmoid))
-    d_up = lr[..., 1:2] * d_hidden * silu
-    hidden = -lr[..., 2:3] * silu * up
+    d_gate, d_up, hidden = factors(gate, up, dots.einsum("bntd,bndh->bnth", v, w.down), lr)
     return FastWeights(
         dots.einsum("bnth,bntd->bnhd", d_gate.astype(k.dtype), k),
         dots.einsum("bnth,bntd->bnhd", d_up.astype(k.dtype), k),
@@ -226,7 +221,21 @@ def _gradient(w: FastWeights, k: jax.Array, v: jax.Array, lr: jax.Array) -> Fast
     )
 
 
-def _update(floats: Floats, init: FastWeights, chunk_size: int) -> Floats:
+def factors(gate: jax.Array, up: jax.Array, back: jax.Array, lr: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Returns (d_gate, d_up, hidden), of which a token's gradients are d_gate k^T, d_up k^T and v hidden^T.
+
+    Args:
+      gate, up, back: [..., H], W_gate k, W_up k and W_down^T v.
+      lr: [..., 3].
+    """
+    sigmoid = jax.nn.sigmoid(gate)
+    silu = gate * sigmoid
+    d_hidden = -back
+    d_gate = lr[..., 0:1] * d_hidden * up * (sigmoid + silu * (1 - sigmoid))
+    return d_gate, lr[..., 1:2] * d_hidden * silu, -lr[..., 2:3] * silu * up
+
+
+def update(floats: Floats, init: FastWeights, chunk_size: int) -> Floats:
     """Ends the chunk in every row: M <- mu M - G, W <- normalised W + M."""
     mu = (floats.momentum_sum / chunk_size)[..., None, None]
     velocity = jax.tree.map(lambda m, g: mu * m - g, floats.velocity, floats.pending)
@@ -246,14 +255,14 @@ def row_scale(w: jax.Array, w0: jax.Array) -> jax.Array:
     return jnp.sqrt(square0 / square)
 
 
-def _fresh(floats: Floats, init: FastWeights) -> Floats:
+def initial(floats: Floats, init: FastWeights) -> Floats:
     """Returns the state that has read nothing, shaped like `floats`."""
     weights = jax.tree.map(lambda w, w0: jnp.broadcast_to(w0.astype(w.dtype), w.shape), floats.weights, init)
     return Floats(weights, *jax.tree.map(jnp.zeros_like, tuple(floats[1:])))
 
 
-def _select(rows: jax.Array, a: Floats, b: Floats) -> Floats:
-    """Returns a where `rows` [B] is true, else b."""
+def select(rows: jax.Array, a: Any, b: Any) -> Any:
+    """Returns a where `rows` [B] is true, else b; trees with leaves [B, ...]."""
     return jax.tree.map(lambda x, y: jnp.where(rows.reshape(-1, *[1] * (x.ndim - 1)), x, y), a, b)
 
 
