@@ -138,7 +138,11 @@ def as_bits(params: Params) -> Params:
     """
 
     def bits(path: Any, leaf: Any) -> Any:
-        narrow = path[0].key == "layers" and path[-1].key == "kernel" and leaf.dtype == jnp.bfloat16
+        names = [key.key for key in path]
+        linear = (
+            names[0] == "layers" and names[-1] == "kernel" and names[-2].endswith("_proj")
+        )  # of `functional.linear`
+        narrow = linear and leaf.dtype == jnp.bfloat16
         if not (narrow and isinstance(leaf, jax.Array) and [d.platform for d in leaf.devices()] == ["cpu"]):
             return leaf
         return jax.device_put(np.asarray(leaf).view(np.uint16), leaf.sharding)
