@@ -99,9 +99,9 @@ class _Layer(nn.Module, kw_only=True):
         out, new = self._mix(c, x.astype(c.dtype), past, shared)
         if state is None:
             return out
-        learned = self.variables["params"].get("memory", {})
-        before, added, learned = jax.tree.map(lambda leaf: leaf[None], (past, new, learned))
-        after = layers.written(c, before, added, shared, learned)
+        init = layers.initial_weights(self.variables["params"])
+        before, added, init = jax.tree.map(lambda leaf: leaf[None], (past, new, init))
+        after = layers.written(c, before, added, shared, init)
         return out, State(state.position + shared.lengths, jax.tree.map(lambda leaf: leaf[0], after))
 
     def _config(self, d_model: int) -> config_lib.ModelConfig:

@@ -164,7 +164,7 @@ def prefill(
     config, state = with_room(config, state, len(rows), max(map(len, rows)))
     logits = jnp.zeros((len(rows), config.vocab_size), jnp.float32)
     params = lm.as_bits(params)
-    piece = short_piece(piece) if max(map(len, rows)) <= piece // 2 else piece
+    piece = fitting_piece(max(map(len, rows)), piece)
     for start in range(0, max(map(len, rows)), piece):
         tokens = np.zeros((len(rows), piece), np.int32)
         lengths = np.zeros(len(rows), np.int32)
@@ -177,9 +177,9 @@ def prefill(
     return logits, state
 
 
-def short_piece(piece: int) -> int:
-    """Tokens of a smaller piece, for what would leave most of a whole one empty."""
-    return max(piece // 8, min(piece, 8))
+def fitting_piece(left: int, piece: int) -> int:
+    """Tokens of the pieces that `left` tokens are read in: `piece`, or fewer where half of one would do."""
+    return piece if left > piece // 2 else max(piece // 8, min(piece, 8))
 
 
 def stream(

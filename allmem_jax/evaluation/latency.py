@@ -105,15 +105,23 @@ def _time(
         began = time.perf_counter()
         logits, after = read(state)
         pieces.append((time.perf_counter() - began) / piece)
-    tokens, began = [], time.perf_counter()
-    for _ in generation.stream(params, config, logits, after, max_tokens=decode + 1):
-        tokens.append(time.perf_counter() - began)
-        began = time.perf_counter()
     return {
         "prefill_s": float(np.median(pieces)),
-        "decode_s": float(np.median(tokens[1:])),  # the first compiles
+        "decode_s": float(np.median(decode_seconds(params, config, logits, after, decode))),
         "state_bytes": sum(leaf.nbytes for leaf in jax.tree.leaves(after)),
     }
+
+
+def decode_seconds(
+    params: lm.Params, config: config_lib.ModelConfig, logits: jax.Array, state: state_lib.DecodeState, tokens: int
+) -> list[float]:
+    """Seconds of each of `tokens` tokens decoded from there on, after one that copies the state and may compile."""
+    seconds, began = [], time.perf_counter()
+    for _, _, after, _ in generation.stream(params, config, logits, state, max_tokens=tokens + 1, stop_tokens=()):
+        jax.block_until_ready(after)
+        seconds.append(time.perf_counter() - began)
+        began = time.perf_counter()
+    return seconds[1:]
 
 
 def hardware() -> dict[str, str]:

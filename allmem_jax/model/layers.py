@@ -9,6 +9,7 @@ result.
 
 import itertools
 import math
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -129,11 +130,15 @@ def of_one_token(past: LayerState, shared: Shared) -> tuple[LayerState, Shared]:
 
 
 def written(
-    c: config_lib.ModelConfig, past: LayerState, new: LayerState, shared: Shared, memory: dict[str, Any]
+    c: config_lib.ModelConfig,
+    past: LayerState,
+    new: LayerState,
+    shared: Shared,
+    init: pallas_kernels.FastWeights | None,
 ) -> LayerState:
     """The states of all layers after a call, from those before it and what the layers returned; leaves [Y, B, ...].
 
-    `memory` has the parameters of all layers' memories, [Y, ...], or nothing.
+    `init` has the `initial_weights` of all layers, [Y, ...].
     """
     where = shared.position, shared.lengths
 
@@ -143,7 +148,8 @@ def written(
     learned = new.memory
     if isinstance(learned, decode.TokenGradient):
         marks = shared.position == 0, shared.lengths > 0
-        learned = functional.write_memory(past.memory, initial_weights(memory), learned, *marks, c.chunk)
+        assert init is not None
+        learned = functional.write_memory(past.memory, init, learned, *marks, c.chunk)
     waiting = None
     if past.waiting is not None:  # as a cache with no sinks and one head
         waiting = functional.write_cache(past.waiting[..., None, :], new.waiting[..., None, :], *where, 0)[..., 0, :]
@@ -151,8 +157,11 @@ def written(
     return LayerState(keys, values, new.conv, learned, waiting)
 
 
-def initial_weights(memory: dict[str, Any]) -> pallas_kernels.FastWeights:
-    """The learned start of the fast weights, from a memory's parameters."""
+def initial_weights(layer: Mapping[str, Any]) -> pallas_kernels.FastWeights | None:
+    """The learned start of the fast weights, from a layer's parameters; None without such a memory."""
+    memory = layer.get("memory", {})
+    if "fast_gate" not in memory:
+        return None
     return pallas_kernels.FastWeights(memory["fast_gate"], memory["fast_up"], memory["fast_down"])
 
 

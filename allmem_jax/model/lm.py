@@ -93,7 +93,7 @@ class AllMemLM(nn.Module):
         if state is None:
             return result
         assert past is not None
-        after = layers.written(c, past, after, shared, self.variables["params"]["layers"].get("memory", {}))
+        after = layers.written(c, past, after, shared, layers.initial_weights(self.variables["params"]["layers"]))
         return result, state_lib.DecodeState(state.position + shared.lengths, **after._asdict(), sinks=c.sinks)
 
 

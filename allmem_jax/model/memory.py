@@ -48,7 +48,7 @@ class Memory(nn.Module):
             (k, v, lr, momentum), there, waiting = _delayed(c, (k, v, lr, momentum), state, shared)
         lr = jnp.where(there & c.write, nn.softplus(lr.astype(jnp.float32)), 0.0)
         momentum = nn.sigmoid(momentum.astype(jnp.float32))
-        out, after = self._remember((q, k, v, lr, momentum), state, shared, layers.real_tokens(x, shared))
+        out, after = self._remember((q, k, v, lr, momentum), state, shared)
         if c.read_out == "full":
             out = layers.RMSNorm(c.norm_eps, name="out_norm")(out)
         else:
@@ -59,7 +59,7 @@ class Memory(nn.Module):
         return layers.projected(self, out), None if tail is None else (tail, after, waiting)
 
     def _remember(
-        self, tokens: tuple[jax.Array, ...], state: layers.LayerState | None, shared: layers.Shared, real: Any
+        self, tokens: tuple[jax.Array, ...], state: layers.LayerState | None, shared: layers.Shared
     ) -> tuple[jax.Array, Any]:
         """What tokens [B, L, N, ...] read, and the memory after them, or the `TokenGradient` of a single one."""
         c = self.config
@@ -71,7 +71,7 @@ class Memory(nn.Module):
             if q.shape[1] == 1 and self.implementation is None:
                 return functional.remember_one(q, k, v, lr, momentum, init, past, fresh, read_out=c.read_out)
             past = functional.started(past, pallas_kernels.init_memory_state(init, q.shape[0]), fresh)
-        marks: Any = {"valid": real, "reset": shared.reset}
+        marks: Any = {"valid": layers.real_tokens(q, shared), "reset": shared.reset}
         options: Any = {"chunk": c.chunk, "read_out": c.read_out, "implementation": self.implementation}
         out, after = functional.remember(q, k, v, lr, momentum, init, past, **marks, **options)
         self._report(lr, momentum, init, after)

@@ -137,13 +137,8 @@ class Engine:
                 raise ValueError(f"{name}={value} must be at least {least}")
         if store is not None and cache_bytes < state_lib.state_bytes(config):
             raise ValueError(f"cache_bytes={cache_bytes} must hold a state from the store: give more")
-        self.params, self.config, self.slots, self.piece, self.waiting = (
-            lm.as_bits(params),
-            config,
-            slots,
-            piece,
-            waiting,
-        )
+        self.params, self.config = lm.as_bits(params), config
+        self.slots, self.piece, self.waiting = slots, piece, waiting
         self.prefixes = prefixes.Prefixes(piece, cache_bytes, store)
         self.ready = False  # the programs are compiled
         self.read_tokens = self.drawn_tokens = self.steps = 0
@@ -233,7 +228,7 @@ class Engine:
 
     def _compile(self) -> None:
         """Runs each program once, on rows that nobody has."""
-        for size in (self.piece, generation.short_piece(self.piece)):
+        for size in (generation.fitting_piece(left, self.piece) for left in (self.piece, 0)):
             tokens, none = np.zeros((1, size), np.int32), np.zeros(1, np.int32)
             logits, state = generation.prefill_piece(self.params, self.config, tokens, none, self._fresh, self._blank)
         self._seat(0, state, logits)
@@ -268,10 +263,9 @@ class Engine:
         """One piece of the prompt of the request whose turn it is, or what is left of it in small ones."""
         job = self._reading.popleft()
         self._skip(job)
-        left = len(job.prompt) - job._read
-        small = left <= self.piece // 2
-        size = generation.short_piece(self.piece) if small else self.piece
-        for start in range(job._read, job._read + (left if small else size), size):
+        end = min(len(job.prompt), job._read + self.piece)
+        size = generation.fitting_piece(end - job._read, self.piece)
+        for start in range(job._read, end, size):
             part = job.prompt[start : start + size]
             tokens, length = np.zeros((1, size), np.int32), np.asarray([len(part)], np.int32)
             tokens[0, : len(part)] = part

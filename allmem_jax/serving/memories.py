@@ -27,7 +27,7 @@ from allmem_jax.storage import files, stores
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _ID = re.compile(r"[0-9a-f]{32}")
-_STATE = re.compile(rf"{NAME.pattern}\.{_ID.pattern}\.state")  # nothing else at the place is removed
+_STATE = re.compile(rf"({NAME.pattern})\.{_ID.pattern}\.state")  # nothing else at the place is removed
 _HELD = 16  # memories that stay loaded
 _SAMPLE = 4096  # elements of an array that tell one model from another
 
@@ -87,11 +87,14 @@ class Memories:
             about = json.loads(stores.read(stores.join(self.place, f"{name}.json")))
         except (FileNotFoundError, ValueError):
             return None
-        return about if isinstance(about, dict) and about.get("name") == name and _ID.fullmatch(_id(about)) else None
+        ours = isinstance(about, dict) and about.get("name") == name and _ID.fullmatch(str(about.get("id")))
+        return about if ours else None
 
     def all(self) -> list[dict[str, Any]]:
         """What is known of every memory of this model, by name."""
-        return [about for about in self._every() if about.get("model") == self.model]
+        names = sorted(file.removesuffix(".json") for file in stores.names(self.place) if file.endswith(".json"))
+        found = map(self.describe, filter(NAME.fullmatch, names))
+        return [about for about in found if about and about.get("model") == self.model]
 
     def start(self, name: str) -> engine.Start | None:
         """What a request with this memory goes on from; None where there is none of this name.
@@ -107,7 +110,7 @@ class Memories:
             if about.get("model") != self.model:
                 raise ValueError(f"memory {name!r} was made by another model: read its text again with this one")
             with contextlib.suppress(FileNotFoundError):
-                return self._load(name, _id(about))
+                return self._load(name, about["id"])
         return None
 
     def remove(self, name: str) -> bool:
@@ -119,16 +122,14 @@ class Memories:
         self._drop(_state(about))
         return True
 
-    def _every(self) -> list[dict[str, Any]]:
-        names = [file.removesuffix(".json") for file in stores.names(self.place) if file.endswith(".json")]
-        return [about for about in map(self.describe, filter(NAME.fullmatch, sorted(names))) if about]
-
     def _tidy(self) -> None:
         """Removes states that no memory has, if they are so old that none is about to."""
-        known = {_state(about) for about in self._every()}
         for file, (_, written) in stores.listed(self.place).items():
-            if _STATE.fullmatch(file) and file not in known and time.time() - written > files.LONG:
-                self._drop(file)
+            found = _STATE.fullmatch(file)
+            if found and time.time() - written > files.LONG:
+                about = self.describe(found[1])
+                if about is None or _state(about) != file:
+                    self._drop(file)
 
     def _drop(self, file: str) -> None:
         with contextlib.suppress(FileNotFoundError):  # another was first
@@ -143,10 +144,6 @@ class Memories:
             raise ValueError(f"memory {name!r} cannot be used: {error}. Read its text again") from None
 
 
-def _id(about: dict[str, Any]) -> str:
-    return str(about.get("id"))
-
-
 def _state(about: dict[str, Any]) -> str:
     """The file of a memory's state."""
-    return f"{about['name']}.{_id(about)}.state"
+    return f"{about['name']}.{about['id']}.state"

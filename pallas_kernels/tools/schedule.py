@@ -19,6 +19,7 @@ import math
 import os
 import pathlib
 import tempfile
+from collections.abc import Sequence
 from typing import Any
 
 # Of a core: (side of a matrix unit, units, rows that each takes in a cycle of bfloat16), from the published peaks.
@@ -80,9 +81,13 @@ def memory_floor(device: str, tokens: int, width: int, wide: int, backward: bool
       width, wide: C and F, columns of tokens and of hidden units of a pack.
       backward: which pass.
     """
-    side, units, rate = UNITS[device]
     up, down, outer = (tokens, width, wide), (tokens, wide, width), (width, tokens, wide)
-    products = [up] * 9 + [down] * 8 + [outer] * 6 if backward else [up] * 5 + [down] + [outer] * 3
+    return products_floor(device, [up] * 9 + [down] * 8 + [outer] * 6 if backward else [up] * 5 + [down] + [outer] * 3)
+
+
+def products_floor(device: str, products: Sequence[tuple[int, int, int]]) -> float:
+    """Returns the least cycles for products in bfloat16, each (rows, shared, columns), on a key of `UNITS`."""
+    side, units, rate = UNITS[device]
     rows = sum(rows * math.ceil(shared / side) * math.ceil(columns / side) for rows, shared, columns in products)
     return rows / (units * rate)
 
@@ -161,10 +166,8 @@ def _keys(arguments: argparse.Namespace) -> dict[str, float]:
     """The block of keys that `main` is about, and the least cycles for its two products with 512 columns of queries."""
     from pallas_kernels.swa import prefill_tpu
 
-    side, units, rate = UNITS[arguments.device]
-    size, columns = prefill_tpu.KEYS, math.ceil(512 / side)
-    rows = size * math.ceil(arguments.dim / side) * columns + arguments.dim * math.ceil(size / side) * columns
-    return {"tokens": size, "floor": rows / (units * rate)}
+    size, dim = prefill_tpu.KEYS, arguments.dim
+    return {"tokens": size, "floor": products_floor(arguments.device, [(size, dim, 512), (dim, size, 512)])}
 
 
 if __name__ == "__main__":

@@ -7,9 +7,7 @@ the ratios are of medians in one run.
 
 import importlib.metadata
 import json
-import os
 import pathlib
-import platform
 import statistics
 import tempfile
 import time
@@ -24,7 +22,9 @@ import tyro
 
 from allmem_jax.checkpoints import load, save
 from allmem_jax.decoding import generation
+from allmem_jax.evaluation import latency
 from allmem_jax.reporting import sections
+from allmem_jax.storage import files
 from train import errors
 
 Run = Callable[[list[int], int], tuple[float, list[float]]]  # prompt, tokens -> seconds of the prompt and of each token
@@ -73,12 +73,7 @@ def _ours(model: pathlib.Path, dtype: str, mixer: str, window: int) -> Run:
         began = time.perf_counter()
         logits, state = jax.block_until_ready(generation.prefill(params, here, [tokens], state=state))
         seconds = time.perf_counter() - began
-        steps, began = [], time.perf_counter()
-        for _, _, after, _ in generation.stream(params, here, logits, state, max_tokens=decode, stop_tokens=()):
-            jax.block_until_ready(after)
-            steps.append(time.perf_counter() - began)
-            began = time.perf_counter()
-        return seconds, steps[1:]  # the first copies the state
+        return seconds, latency.decode_seconds(params, here, logits, state, decode - 1)
 
     return run
 
@@ -135,9 +130,8 @@ def main(
     header = ("", f"prefill of {prompt:,}, tokens/s", "decode after it, tokens/s")
     print(sections.plain(sections.Table(f"{model.stem} beside {PEER}", header, tuple(rows))))
     versions = {package: importlib.metadata.version(package) for package in PACKAGES}
-    machine = f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores"
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps({"found": found, "versions": versions, "machine": machine, "window": window}, indent=2))
+    kept = {"found": found, "versions": versions, "machine": latency.hardware(), "window": window}
+    files.write(out, json.dumps(kept, indent=2))
 
 
 if __name__ == "__main__":
