@@ -59,40 +59,64 @@ def test_every_run_is_judged_and_found_again(tmp_path, shakespeare_path, monkeyp
     )
     monkeypatch.setattr(evidence.recipe_lib, "read_recipe", lambda path: recipe)
     config = evidence.EvidenceConfig(
-        out=tmp_path / "out", mixers=("allmem", "delta"), seeds=(0, 1), length=64, sequences=1, samples=0
+        out=tmp_path / "out",
+        mixers=("mamba2", "allmem"),
+        seeds=(0, 1),
+        rates=(1e-3, 4e-3),
+        length=64,
+        sequences=1,
+        samples=0,
     )
     section = evidence.run(config)
     assert sections.load(tmp_path / "out" / "section.json") == section
     assert (tmp_path / "out" / "index.html").is_file()
-    (table,) = section.tables
-    assert [row[0] for row in table.rows] == ["allmem", "delta"]
-    assert set(section.data["closed"]) == {"allmem", "allmem, control", "delta", "delta, control"}
-    assert all(len(values) == 2 for values in section.data["closed"].values())
+    table, rates = section.tables
+    assert [row[0] for row in table.rows] == [row[0] for row in rates.rows] == ["mamba2", "allmem"]
+    closed, losses = section.data["closed"], section.data["losses"]
+    assert set(closed) == {"allmem", "allmem, control", "mamba2", "mamba2, control"}
+    assert all(len(values) == 2 for values in closed.values())
+    assert closed["allmem, control"] == [0, 0]  # silent, and not trained
+    assert 0 not in closed["mamba2, control"] + closed["allmem"]
+    chosen = {mixer: min(found, key=found.get) for mixer, found in losses.items()}
+    assert [row[-1] for row in rates.rows] == [f"{rate}, at the edge" for rate in chosen.values()]
     capsys.readouterr()
     monkeypatch.setattr(evidence.divergence, "evaluate", None)  # nothing is judged a second time
     again = evidence.run(dataclasses.replace(config))
     assert (again.tables, again.text) == (section.tables, section.text)
     assert capsys.readouterr().out.count("reused") == 2
     assert (
-        section.command == f"python -m train.experiments.evidence --out {config.out} --mixers allmem delta --seeds 0 1 "
-        "--length 64 --sequences 1 --samples 0"
+        section.command
+        == f"python -m train.experiments.evidence --out {config.out} --mixers mamba2 allmem --seeds 0 1 "
+        "--rates 0.001 0.004 --length 64 --sequences 1 --samples 0"
     )
     (folder,) = (path for path in config.out.iterdir() if path.is_dir() and path.name != "texts")
-    assert len(list(folder.glob("evaluation-*.json"))) == 2 and len(list(folder.glob("*/checkpoints"))) == 8
+    assert len(list(folder.glob("evaluation-*.json"))) == 2
+    names = {path.parent.name for path in folder.glob("*/checkpoints")}
+    rate = {mixer: f"{float(value):g}" for mixer, value in chosen.items()}
+    tried = {f"{mixer}-0-{each}" for mixer in rate for each in ("0.001", "0.004")}
+    second = {f"{mixer}-1-{each}" for mixer, each in rate.items()}
+    assert names == tried | second | {f"mamba2-{seed}-{rate['mamba2']}-control" for seed in (0, 1)}
 
 
 def test_what_is_learnt_decides_where_it_is_kept():
     recipe = FinetuneConfig(model="tiny")
     start = models.Pretrained(tiny.CONFIG, None, None, None, origin="hash")
     one = evidence.learnt(recipe, start, Numbered("books", 3))
-    assert not {"mixer", "seed", "write"} & one.keys()
-    assert one == evidence.learnt(dataclasses.replace(recipe, seed=3, mixer="delta"), start, Numbered("books", 3))
+    assert not {"mixer", "seed", "write", "learning_rate"} & one.keys()
+    assert one == evidence.learnt(
+        dataclasses.replace(recipe, seed=3, mixer="delta", learning_rate=1.0), start, Numbered("books", 3)
+    )
     assert one != evidence.learnt(dataclasses.replace(recipe, clip=0.5), start, Numbered("books", 3))
     assert one != evidence.learnt(recipe, start._replace(origin="another"), Numbered("books", 3))
     assert one != evidence.learnt(recipe, start, Numbered("others", 3))
     assert one != evidence.learnt(
         recipe, start._replace(config=tiny.CONFIG.replace(qk_scale="rms")), Numbered("books", 3)
     )
+
+
+def test_a_rate_that_diverged_is_not_chosen():
+    assert evidence.best({1e-3: 0.5, 2e-3: 0.4, 4e-3: float("nan")}) == 2e-3
+    assert evidence.best({4e-3: float("inf"), 1e-3: 0.5}) == 1e-3
 
 
 def test_settings_are_checked():

@@ -23,6 +23,7 @@ from allmem_jax.storage import files, jit_cache, stores
 from train import errors
 from train.data import stream as stream_lib
 from train.loop import batches, checkpoint, compiled, distributed, evaluation, metrics, models, plan
+from train.loop import teacher as teacher_lib
 from train.recipe import MEMORY, FinetuneConfig, parse, recipe_fields
 
 
@@ -55,6 +56,10 @@ def run(
         with models.host_memory():
             pretrained = models.load(config)
     models.check_finite(pretrained.backbone)
+    if config.teacher_cache and (pretrained.backbone is None or jax.process_count() > 1):
+        raise ValueError(f"teacher_cache={config.teacher_cache} needs a model with weights and a single process")
+    if pretrained.backbone is not None and not pretrained.origin:
+        pretrained = pretrained._replace(origin=checkpoint.content_hash(pretrained.backbone))
     plan.warn_of_repeated_work(pretrained.config, dict(mesh.shape))
     rows = batches.read_rows(config, pretrained, config.texts) if rows is None else rows
     held_out = batches.read_rows(config, pretrained, config.eval_texts) if config.eval_texts else None
@@ -95,6 +100,9 @@ def train(
     if distributed.main_process():
         files.write(stores.join(config.out, "recipe.json"), json.dumps(dataclasses.asdict(config), indent=2))
     teacher, student = compiled.make(config, pretrained.config, sharding.tree_shardings(state, mesh), mesh)
+    if teacher and config.teacher_cache:
+        folder, limit = Path(config.cache, "teacher"), 1e9 * config.teacher_cache
+        teacher = teacher_lib.Kept(teacher, folder, limit, pretrained.config, pretrained.origin, mesh)
     evaluate = evaluation.make(config, pretrained.config, held_out, teacher, mesh)
     with (
         jax.set_mesh(mesh),
@@ -139,8 +147,6 @@ def check_paths(config: FinetuneConfig) -> None:
 def identity(config: FinetuneConfig, pretrained: models.Pretrained, rows: stream_lib.Source) -> dict[str, Any]:
     """What the losses of a run depend on, as JSON values: a continuation must share it."""
     origin = pretrained.origin or f"random {config.model}"
-    if not pretrained.origin and pretrained.backbone is not None:
-        origin = checkpoint.content_hash(pretrained.backbone)
     # What the recipe left to the model; the heads, which it may leave to it too, are told by the parameters' shapes.
     memory = {name: getattr(pretrained.config, name) for name in MEMORY if name != "n_mem"}
     return config.identity() | memory | {"backbone": origin, "data": rows.content_hash()}

@@ -32,6 +32,7 @@ _FREE = (
     "eval_batches",
     "out",
     "cache",
+    "teacher_cache",
     "checkpoint_every",
     "keep",
     "log_every",
@@ -190,6 +191,9 @@ class FinetuneConfig:
     """Write the whole converted model to OUT/model at the end, beside the memory in OUT/allmem.safetensors."""
     cache: str = ".cache/tokens"
     """Local folder where tokenised texts are kept."""
+    teacher_cache: float = 0.0
+    """GB of the teacher's hidden states to keep in CACHE/teacher: other runs on the same rows, such as a control, then
+    find them. One process only."""
 
     @property
     def packed(self) -> bool:
@@ -236,8 +240,11 @@ class FinetuneConfig:
             raise ValueError("learning_rate and clip must be positive, warmup and weights not negative")
         if not 0 <= self.lessons <= 1 or (self.lessons and (self.packed or not self.texts)):
             raise ValueError(f"lessons={self.lessons} must be from 0 to 1, and needs texts without pack or a mixture")
-        if not 0 <= self.ema < 1 or self.profile < 0:
-            raise ValueError(f"ema={self.ema} must be in [0, 1), profile={self.profile} not negative")
+        if not 0 <= self.ema < 1 or min(self.profile, self.teacher_cache) < 0:
+            raise ValueError(
+                f"ema={self.ema} must be in [0, 1), profile={self.profile} and teacher_cache={self.teacher_cache} not "
+                "negative"
+            )
         if self.objective == "pretrain" and (self.ce_weight or self.inside_weight != 1 or self.beyond_window):
             raise ValueError("ce_weight, inside_weight and beyond_window are for objective=distill")
         lessons.check_kinds(self.kinds)

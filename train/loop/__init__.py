@@ -6,6 +6,7 @@ steps         one step as pure functions
 gauges        what the memory tells of itself
 optimizer     AdamW and its schedule
 compiled      a recipe's jitted functions
+teacher       what the original gives, kept on disk
 evaluation    held-out texts
 checkpoint    what is trained, saved and found again
 metrics       what a run says
@@ -27,5 +28,6 @@ __all__ = [
     "optimizer",
     "plan",
     "steps",
+    "teacher",
     "tiny",
 ]
