@@ -31,7 +31,7 @@ EXTRAS = {  # files that want an extra
     "allmem_jax/serving/answers.py": SERVING,
     "allmem_jax/serving/api.py": SERVING,
     "allmem_jax/serving/shapes.py": SERVING,
-    "pallas_kernels/tools/bench.py": {"torch"},  # where it is installed, to be measured beside
+    "pallas_kernels/tools/torch_peers.py": {"torch"},  # where it is installed, to be measured beside
     "pallas_kernels/swa/decode_triton.py": {"triton"},
     "pallas_kernels/swa/triton_gpu.py": {"triton"},
     "pallas_kernels/ttt/triton_gpu.py": {"triton"},

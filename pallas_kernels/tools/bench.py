@@ -4,13 +4,15 @@
     python -m pallas_kernels.tools.bench --tpu v5e v6e         # no TPU needed: the compiler's schedule of every kernel
 
 A kernel is compared with the reference first, for a schedule by interpreting it, and one that fails ends the program.
-On a GPU the whole set takes less than 8 minutes; on a CPU the shapes are small and the figures are ratios.
+Beside them, where torch is installed, stands what its users would run (`torch_peers`). On a GPU the whole set takes
+less than 8 minutes; on a CPU the shapes are small and the figures are ratios.
 
 Axes: B batch, L tokens, Hq and Hkv heads of attention, N heads of the memory, D head dim.
 """
 
 import argparse
 import dataclasses
+import functools
 import importlib.util
 import itertools
 import json
@@ -58,7 +60,7 @@ class Shapes:
 
 
 GPU = Shapes("bfloat16", (1, 32768, 8, 64, 2048), (1, 16, 8, 128), (4096, 8192), (32768, 131072), (32, 131072), 20)
-CPU = Shapes("float32", (1, 2048, 4, 32, 256), (1, 4, 2, 32), (256,), (2048,), (2, 4096), 3)
+CPU = Shapes("float32", (1, 8192, 8, 64, 2048), (1, 4, 2, 32), (256,), (2048,), (2, 4096), 5)
 
 
 def main() -> None:
@@ -191,6 +193,9 @@ def _times(shapes: Shapes, platform: str) -> list[dict[str, Any]]:
     arguments = _memory_inputs(*shapes.memory[:4], dtype)
     for name in ("best", "xla"):
         both("memory", shapes.memory, name, _memory_call(_named(name), shapes.memory[4]), arguments)
+    device = "cuda" if platform == "gpu" else "cpu"
+    make = lambda peers: peers.memory_runs(arguments, shapes.memory[4], device)  # noqa: E731
+    lines += _torch("LaCT's form, torch.compile", f"memory {shapes.memory}", make, shapes.repeats)
     dense = "cudnn" if platform == "gpu" else "xla"
     for length in shapes.lengths:
         qkv = _attention_inputs(shapes.attention[0], length, *shapes.attention[1:], dtype)
@@ -200,13 +205,9 @@ def _times(shapes: Shapes, platform: str) -> list[dict[str, Any]]:
                 entries["cudnn, no sinks"] = _dense(dense, (window - 1, 0))
             for name, attend in entries.items():
                 both("attention", f"{length}/{window}", name, attend, qkv)
-            if platform == "gpu" and importlib.util.find_spec("torch"):
-                try:
-                    lines += _flex(shapes, length, window)
-                except Exception as error:  # another project's: it must not cost our own figures
-                    lines.append(
-                        {"case": f"attention {length}/{window}", "name": "FlexAttention", "error": str(error)[:200]}
-                    )
+            if platform == "gpu":
+                flex = functools.partial(_flex, shapes.attention, length, window)
+                lines += _torch("FlexAttention", f"attention {length}/{window}", flex, shapes.repeats)
         measure(f"attention forward {length}/all", dense, _dense(dense, None), qkv)
     lines += _layer_ratios(lines, shapes)
     measure_decode(measure, shapes, dtype)
@@ -292,36 +293,23 @@ def _median(run: Callable[[], Any], repeats: int) -> float:
     return statistics.median(seconds)
 
 
-def _flex(shapes: Shapes, length: int, window: int) -> list[dict[str, Any]]:
-    """torch's FlexAttention with the same mask, on the same GPU."""
-    import torch
-    from torch.nn.attention import flex_attention
+def _flex(attention: tuple[int, int, int, int], length: int, window: int, peers: Any) -> Any:
+    return peers.attention_runs(attention, length, window, SINKS)
 
-    if not torch.cuda.is_available():
+
+def _torch(name: str, case: str, make: Callable[[Any], dict[str, Callable[[], Any]]], repeats: int) -> list[Any]:
+    """Lines of what torch users would run, `make` of the module `torch_peers`; none where torch is not installed."""
+    if not importlib.util.find_spec("torch"):
         return []
-    batch, heads, kv_heads, dim = shapes.attention
-    make = lambda h: torch.randn(batch, h, length, dim, device="cuda", dtype=torch.bfloat16, requires_grad=True)  # noqa: E731
-    q, k, v = make(heads), make(kv_heads), make(kv_heads)
-
-    def visible(b, h, i, j):
-        return (j <= i) & ((i - j < window) | (j < SINKS))
-
-    compiled: Any = {"device": "cuda", "_compile": True}  # or it forms [L, L]
-    mask = flex_attention.create_block_mask(visible, None, None, length, length, **compiled)
-    attend = torch.compile(lambda: flex_attention.flex_attention(q, k, v, block_mask=mask, enable_gqa=True))
-
-    def forward():
-        attend()
-        torch.cuda.synchronize()
-
-    def both():
-        attend().sum().backward()
-        torch.cuda.synchronize()
-
-    lines = []
-    for case, run in (("forward", forward), ("forward + backward", both)):
-        seconds = _median(run, shapes.repeats)
-        lines.append({"case": f"attention {case} {length}/{window}", "name": "FlexAttention", "seconds": seconds})
+    lines: list[dict[str, Any]] = []
+    try:
+        runs = make(importlib.import_module("pallas_kernels.tools.torch_peers"))
+        for what, run in runs.items():
+            kernel, sizes = case.split(" ", 1)
+            lines.append({"case": f"{kernel} {what} {sizes}", "name": name, "seconds": _median(run, repeats)})
+            print(lines[-1], flush=True)
+    except Exception as error:  # another project's: it must not cost our own figures
+        lines.append({"case": case, "name": name, "error": str(error)[:200]})
         print(lines[-1], flush=True)
     return lines
 
