@@ -80,6 +80,18 @@ def test_convert_writes_a_model_with_a_memory(converted, plain):
     assert tokenizer.encode("the sea") == tiny_tokenizer().encode("the sea")
 
 
+def test_convert_needs_no_options(plain, tmp_path, capsys):
+    """Its window and chunk are larger than the text that rates are fitted on."""
+    out = tmp_path / "out"
+    assert cli.main(["convert", str(plain), str(out)]) == 0
+    config, params, _ = allmem_jax.load_pretrained(out)
+    assert (config.window, config.chunk, config.read_out, config.delay) == (4096, 2048, "difference", True)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(params))
+    tokens = np.arange(40)[None] % config.vocab_size
+    logits = [lm.AllMemLM(config.replace(mixer=mixer)).apply({"params": params}, tokens) for mixer in ("allmem", "swa")]
+    np.testing.assert_array_equal(*logits)
+
+
 def test_convert_refuses_to_write_over(plain, converted, capsys):
     before = {path.name: path.read_bytes() for path in converted.iterdir()}
     assert "--overwrite" in fails(capsys, "convert", plain, converted)

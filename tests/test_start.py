@@ -76,6 +76,26 @@ def test_every_shape_of_attention_gives_a_memory(name, mixer):
     assert not np.any(memory["layers"]["memory"]["alpha"])  # so that the model is still that of windowed attention
 
 
+@pytest.mark.parametrize("mixer", ["allmem", *BASELINES])
+def test_a_chunk_longer_than_the_text_is_no_matter(mixer):
+    """Within a chunk nothing is read: rates are fitted, and alpha is, at a size that the text has many of."""
+    config = SAME.replace(mixer=mixer, alpha_init=0.2, chunk=start.CHUNK)
+    backbone = random_like(shapes(config)[0])
+    want, found = (
+        start.from_attention(config.replace(chunk=chunk), backbone, TOKENS) for chunk in (start.CHUNK, 4 * len(TOKENS))
+    )
+    jax.tree.map(np.testing.assert_array_equal, found, want)
+    assert np.isfinite(found["layers"]["memory"]["alpha"]).all() and np.all(found["layers"]["memory"]["alpha"] > 0)
+
+
+def test_an_attention_that_gives_nothing_is_no_reason_for_nan():
+    config = SAME.replace(alpha_init=0.2)
+    backbone = random_like(shapes(config)[0])
+    backbone["layers"]["attention"]["o_proj"]["kernel"] *= 0
+    memory = start.from_attention(config, backbone, TOKENS)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(memory))
+
+
 def test_values_and_outputs_are_those_of_the_attention():
     """Exactly where the sizes agree: what all query heads of a key head make of its values."""
     _, attention, memory = one_layer(SAME, np.random.default_rng(1).normal(size=(64, SAME.d_model)).astype("f"))

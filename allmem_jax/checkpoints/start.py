@@ -35,6 +35,7 @@ from allmem_jax.model import lm as lm_lib
 MOVED = 0.3  # share of the read-out that what was written moves, in every layer
 WARM_UP = 256  # tokens before which little was written
 LENGTH = 1024  # tokens of a text that are enough
+CHUNK = 64  # largest that rates are fitted at: the text must have many, or little of it is read
 RATES = (1e-4, 1.0)  # between which a layer's learning rate is looked for
 HALVINGS = 8  # of that interval, on a logarithmic scale
 NAMES = {
@@ -72,7 +73,8 @@ def from_attention(
         raise ValueError(f"mixer={config.mixer!r} has no memory that could start from attention")
     if len(tokens) < 2 * WARM_UP:
         raise ValueError(f"the text has {len(tokens)} tokens; a start from attention needs {2 * WARM_UP} at least")
-    config = config.replace(write=True)  # a control that writes nothing starts as what it is held against
+    # A control that writes nothing starts as what it is held against.
+    config = config.replace(write=True, chunk=min(config.chunk, CHUNK))
     fresh = lm_lib.init_memory(config, seed)["layers"]["memory"]
     inputs, sizes = layer_inputs(config, params, jnp.asarray(tokens, jnp.int32)[None])  # [Y, T, d], [Y]
     attention = jax.tree.map(lambda leaf: np.asarray(leaf, np.float32), params["layers"]["attention"])
@@ -116,7 +118,8 @@ def scaled(config: config_lib.ModelConfig, memory: Any, inputs: jax.Array, size:
     full = memory | {"alpha": jnp.ones_like(memory["alpha"])}
     shared = layers_lib.Shared(rope=(inputs, inputs), local_rope=(inputs, inputs), window=None, sinks=0)  # no rope here
     out, _ = decoder.MEMORIES[config.mixer](config).apply({"params": full}, inputs[None], None, shared)
-    return memory | {"alpha": full["alpha"] * (config.alpha_init * size / _size(out))}
+    found = jnp.maximum(_size(out), np.finfo(np.float32).tiny)
+    return memory | {"alpha": full["alpha"] * (config.alpha_init * size / found)}
 
 
 def induction_head(config: config_lib.ModelConfig, memory: Any, attention: Any, inputs: np.ndarray) -> Any:
