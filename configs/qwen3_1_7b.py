@@ -10,6 +10,9 @@ pieces of 4,096 tokens, with the loss on everything. Put both in data/long_chats
 {"messages": [...]}), or name others: --mixture.0.texts FOLDER --mixture.1.texts FOLDER. The shares are ours, not the
 paper's. Windows may be shorter than chunks, as in the paper; the run warns of it.
 
+The paper's memory starts at random and reads f(W, q). What has been seen to remember, in SmolLM2 (docs/results.md), is
+--start attention --read_out difference --delay True --alpha_init 0.1 --window 128 512 --sinks 4 4 --chunk 64.
+
 Not run yet. By the formulas of train/loop/flops.py at 40 % of the peak: 3.7 minutes on one H100, 2.3 minutes on v5e-8
 and 8 seconds on 64 chips of v5p, to which compiling four chunk sizes adds minutes. On v5e-8 a device needs 7.1 of 15.7
 GiB by the plan (--compile_only v5e:2x4). Sixty-four chips want 8 rows a step, which leaves 26 updates: they are for
