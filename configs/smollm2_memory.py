@@ -1,7 +1,8 @@
 """The memory of SmolLM2-135M-Instruct that comes with this package: four minutes on one H200, then 90 on a CPU.
 
     python -m train.data.books out/texts
-    python -c "from pydoc_data.topics import topics as t; print('\\n\\n'.join(map(t.get, sorted(t))))" > out/texts/python.txt
+    python -c "from pydoc_data.topics import topics as t; print(*map(t.get, sorted(t)), sep=2 * chr(10))" \
+        > out/texts/python.txt
     python -m train.curriculum configs/smollm2_memory.py --texts out/texts --out out/smollm2 \
         --card configs/smollm2_memory.md
 
