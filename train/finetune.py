@@ -58,8 +58,7 @@ def run(
     models.check_finite(pretrained.backbone)
     if config.teacher_cache and (pretrained.backbone is None or jax.process_count() > 1):
         raise ValueError(f"teacher_cache={config.teacher_cache} needs a model with weights and a single process")
-    if pretrained.backbone is not None and not pretrained.origin:
-        pretrained = pretrained._replace(origin=checkpoint.content_hash(pretrained.backbone))
+    pretrained = models.identified(pretrained)
     plan.warn_of_repeated_work(pretrained.config, dict(mesh.shape))
     rows = batches.read_rows(config, pretrained, config.texts) if rows is None else rows
     held_out = batches.read_rows(config, pretrained, config.eval_texts) if config.eval_texts else None

@@ -31,7 +31,7 @@ from allmem_jax.storage import jit_cache, stores
 from train import errors, fetch, finetune
 from train import recipe as recipe_lib
 from train.data import books, stream
-from train.loop import batches, checkpoint, metrics, models
+from train.loop import batches, metrics, models
 from train.recipe import FinetuneConfig
 
 Mixer = Literal["allmem", "mamba2", "delta"]
@@ -93,13 +93,13 @@ def run(config: EvidenceConfig) -> sections.Section:
         texts = books.write(config.out / "texts")
         recipe = dataclasses.replace(recipe, model=str(fetch.fetch("smollm2")), texts=(str(texts),))
     recipe = dataclasses.replace(recipe, export=False)
-    pretrained = models.read(recipe)
-    pretrained = pretrained._replace(origin=checkpoint.content_hash(pretrained.backbone))
+    pretrained = models.identified(models.read(recipe))
     rows = batches.read_rows(recipe, pretrained, recipe.texts)
     folder = config.out / kept.key(learnt(recipe, pretrained, rows))
     kept.say(f"what each run makes is kept in {folder}")
     memories = functools.cache(lambda mixer, seed: start(recipe, pretrained, mixer, seed))
 
+    @functools.cache  # the first seed is tuned on runs of which one is then its own
     def train(each: Run) -> None:
         distil(each, recipe, memories(each.mixer, each.seed), rows, folder)
 
@@ -108,7 +108,7 @@ def run(config: EvidenceConfig) -> sections.Section:
     for seed in config.seeds:
         runs = [Run(mixer, seed, best(losses[mixer]), write) for mixer in config.mixers for write in (True, False)]
         for each in runs:
-            if each.write or not silent(memories(each.mixer, seed).config):
+            if learns(each, memories(each.mixer, seed).config):
                 train(each)
         variants = [variant(each, memories(each.mixer, seed), folder) for each in runs]
         results.append(judge(config, pretrained, variants, folder, runs))
@@ -142,9 +142,9 @@ def distil(each: Run, recipe: FinetuneConfig, start: models.Pretrained, rows: st
     finetune.run(recipe, start._replace(config=start.config.replace(write=each.write)), rows)
 
 
-def silent(config: config_lib.ModelConfig) -> bool:
-    """Whether a memory that writes nothing adds nothing, and so has no gradient either."""
-    return config.mixer == "delta" or (config.mixer == "allmem" and config.read_out == "difference")
+def learns(each: Run, config: config_lib.ModelConfig) -> bool:
+    """Whether training changes anything: a memory that writes nothing may add nothing, and has no gradient then."""
+    return each.write or not (config.mixer == "delta" or (config.mixer == "allmem" and config.read_out == "difference"))
 
 
 def tune(mixer: Mixer, config: EvidenceConfig, train: Callable[[Run], None], folder: Path) -> dict[float, float]:
@@ -165,8 +165,7 @@ def best(losses: Mapping[float, float]) -> float:
 
 def variant(each: Run, start: models.Pretrained, folder: Path) -> divergence.Variant:
     """What a run trained, or what a silent control has from the start, as something to evaluate."""
-    kept_out = not each.write and silent(start.config)
-    weights = start.memory if kept_out else models.trained_memory(folder / each.folder)
+    weights = models.trained_memory(folder / each.folder) if learns(each, start.config) else start.memory
     return divergence.Variant(
         called(each.mixer, each.seed, each.write), start.config.replace(write=each.write), weights
     )

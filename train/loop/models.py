@@ -74,6 +74,13 @@ def load_trained(config: FinetuneConfig) -> Pretrained:
     found = load(config)
     if found.backbone is None:
         raise ValueError(f"model={config.model!r} has random weights; give a folder or file with trained ones")
+    return identified(found)
+
+
+def identified(found: Pretrained) -> Pretrained:
+    """The same with its origin, where it has weights and none yet."""
+    if found.backbone is None or found.origin:
+        return found
     return found._replace(origin=checkpoint.content_hash(found.backbone))
 
 
