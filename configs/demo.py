@@ -3,9 +3,10 @@
     python -m train.fetch
     python -m train.finetune configs/demo.py --texts .cache/text/shakespeare --out out/smollm2
 
-The window, sinks and chunk are fixed: at 16,000 tokens there is nothing to spread over a range, and one chunk is one
+The window, sinks and chunk are fixed: at 30,000 tokens there is nothing to spread over a range, and one chunk is one
 compilation. The memory starts from the attention, reads the difference to its initial weights, so that with writing off
-it is windowed attention itself, and takes a token when it leaves the window, so that within it nothing is disturbed.
+it is windowed attention itself, and takes a token when it leaves the window, so that within it nothing is disturbed and
+no loss needs to be taken there.
 """
 
 from train.recipe import FinetuneConfig
@@ -16,16 +17,20 @@ config = FinetuneConfig(
     read_out="difference",
     delay=True,
     alpha_init=0.05,
-    steps=16,
+    steps=30,
     batch=1,
     seq_length=1024,
     window=(128, 128),
     sinks=(4, 4),
     chunk=(64,),
-    positions=0.25,
+    positions=0.5,
+    beyond_window=True,
     learning_rate=1e-3,
     warmup=2,
     decay=0.5,
+    dtype="bfloat16",
+    backbone_dtype="bfloat16",
+    remat="none",
     checkpoint_every=4,
     log_every=1,
 )

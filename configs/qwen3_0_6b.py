@@ -10,8 +10,8 @@ pieces of 4,096 tokens, with the loss on everything. Put both in data/long_chats
 {"messages": [...]}), or name others: --mixture.0.texts FOLDER --mixture.1.texts FOLDER. The shares are ours, not the
 paper's. Windows may be shorter than chunks, as in the paper; the run warns of it.
 
-The paper's memory starts at random and reads f(W, q). What has been seen to remember, in SmolLM2 (docs/results.md), is
---start attention --read_out difference --delay True --alpha_init 0.1 --window 128 512 --sinks 4 4 --chunk 64.
+The paper's memory starts at random and reads f(W, q). `qwen3_0_6b_memory.py` makes the one that has been seen to
+remember, in SmolLM2 (docs/results.md).
 
 Not run yet. By the formulas of train/loop/flops.py at 40 % of the peak: 1.5 minutes on one H100, 1 minute on v5e-8 and
 3 seconds on 64 chips of v5p, to which compiling four chunk sizes adds minutes. On v5e-8 a device needs 3.5 of 15.7 GiB

@@ -5,13 +5,7 @@
     python -m train.finetune configs/qwen3_1_7b.py --model MODELS/Qwen3-1.7B --mesh 1 8 1 8 --batch 8 --steps 26 \
         --warmup 2 --checkpoint_every 4                                                         # v5p, 4x4x4
 
-Rows are 24,576 tokens: whole long chats with the loss on the assistant's turns, and as often short chats, packed in
-pieces of 4,096 tokens, with the loss on everything. Put both in data/long_chats and data/short_chats (files of
-{"messages": [...]}), or name others: --mixture.0.texts FOLDER --mixture.1.texts FOLDER. The shares are ours, not the
-paper's. Windows may be shorter than chunks, as in the paper; the run warns of it.
-
-The paper's memory starts at random and reads f(W, q). What has been seen to remember, in SmolLM2 (docs/results.md), is
---start attention --read_out difference --delay True --alpha_init 0.1 --window 128 512 --sinks 4 4 --chunk 64.
+The data, and all but the steps, are as in `qwen3_0_6b.py`; read there what has been seen to remember.
 
 Not run yet. By the formulas of train/loop/flops.py at 40 % of the peak: 3.7 minutes on one H100, 2.3 minutes on v5e-8
 and 8 seconds on 64 chips of v5p, to which compiling four chunk sizes adds minutes. On v5e-8 a device needs 7.1 of 15.7
@@ -19,28 +13,10 @@ GiB by the plan (--compile_only v5e:2x4). Sixty-four chips want 8 rows a step, w
 longer runs.
 """
 
-from train.data import stream
-from train.recipe import FinetuneConfig
+import dataclasses
+import pathlib
 
-config = FinetuneConfig(
-    mixture=(
-        stream.Part(texts=("data/long_chats",), response_only=True),
-        stream.Part(texts=("data/short_chats",), piece=4096),
-    ),
-    out="out/qwen3-1.7b",
-    steps=204,
-    batch=1,
-    seq_length=24576,
-    window=(512, 8192),
-    sinks=(0, 256),
-    chunk=(512, 1024, 2048, 4096),
-    positions=0.25,
-    learning_rate=1e-4,
-    warmup=10,
-    decay=0.2,
-    lr_init=0.001,
-    dtype="bfloat16",
-    backbone_dtype="bfloat16",
-    checkpoint_every=16,
-    log_every=1,
-)
+from train.recipe import read_recipe
+
+smaller = read_recipe(str(pathlib.Path(__file__).with_name("qwen3_0_6b.py")))
+config = dataclasses.replace(smaller, out="out/qwen3-1.7b", steps=204)

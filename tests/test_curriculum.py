@@ -55,6 +55,14 @@ def test_a_stage_goes_on_from_the_memory_before_it(config, tmp_path):
     np.testing.assert_array_equal(memory["layers"]["memory"]["alpha"], second["layers"]["memory"]["alpha"])
 
 
+def test_a_stage_can_write_less_than_the_one_before(config, tmp_path):
+    config = dataclasses.replace(config, out=str(tmp_path), learning_rate=1e-12)
+    curriculum.run(config, (STAGES[0], STAGES[0] | dict(write_strength=0.25)))
+    first, second = (models.trained_memory(tmp_path / f"stage-{number}")["layers"]["memory"] for number in (1, 2))
+    np.testing.assert_allclose(second["v_conv"]["kernel"], first["v_conv"]["kernel"] / 4, rtol=1e-5)
+    np.testing.assert_allclose(second["v_proj"]["kernel"], first["v_proj"]["kernel"], rtol=1e-5)
+
+
 def test_it_goes_on_where_it_was_stopped(config):
     config = dataclasses.replace(config, out=config.out + "-again")
     curriculum.run(config, STAGES[:1])

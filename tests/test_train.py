@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +24,7 @@ from allmem_jax.model import config as config_lib
 from allmem_jax.model import lm, sharding
 from allmem_jax.storage import stores
 from tests import compiling, tiny_folder
-from train import finetune
+from train import curriculum, finetune
 from train import recipe as recipe_lib
 from train.experiments import overhead
 from train.loop import batches, checkpoint, compiled, evaluation, metrics, models, plan, steps, tiny
@@ -309,6 +310,23 @@ def test_a_fresh_memory_is_the_recipes(recipe, tmp_path, monkeypatch):
     assert (default.lr_init, default.n_mem) == (0.005, 4)  # the model has one key head
 
 
+def test_a_memory_may_write_less(recipe, tmp_path):
+    """`write_strength` scales values, which is to scale all learning rates; only AllMem's memory can be scaled so."""
+    recipe = dataclasses.replace(recipe, model=str(tiny_folder.write(tmp_path / "plain")), d_mem=4, write_strength=0.25)
+    whole = models.load(dataclasses.replace(recipe, write_strength=1.0)).memory["layers"]["memory"]
+    less = models.load(recipe).memory["layers"]["memory"]
+    np.testing.assert_array_equal(less["v_conv"]["kernel"], whole["v_conv"]["kernel"] / 4)
+    np.testing.assert_array_equal(less["lr_proj"]["kernel"], whole["lr_proj"]["kernel"])
+    with pytest.raises(ValueError, match="write_strength=0.25 is for mixer=allmem; this memory is 'delta'"):
+        models.load(dataclasses.replace(recipe, mixer="delta"))
+    with pytest.raises(ValueError, match="write_strength=0.25 needs a model with weights"):
+        random = models.Pretrained(tiny.CONFIG, None, None, tiny.ByteTokenizer())
+        with mock.patch.object(models, "read", return_value=random):
+            models.load(recipe)
+    with pytest.raises(ValueError, match="write_strength=0 must be positive"):
+        dataclasses.replace(recipe, write_strength=0).check()
+
+
 def test_what_a_run_depends_on_has_no_gaps(recipe, pretrained):
     """The identity has the model's values where the recipe leaves them to it, so that it tells runs apart."""
     rows = type("Rows", (), {"content_hash": lambda self: "rows"})()
@@ -468,7 +486,10 @@ def test_programs_end_with_one_line(program, arguments, message, monkeypatch, er
 
 def test_every_recipe_is_valid():
     for file in sorted(pathlib.Path(ROOT, "configs").glob("*.py")):
-        dataclasses.replace(recipe_lib.read_recipe(str(file)), model="x", texts=("y",), out="z").check()
+        config = dataclasses.replace(recipe_lib.read_recipe(str(file)), model="x", texts=("y",), out="z")
+        config.check()
+        if stages := runpy.run_path(str(file)).get("stages"):
+            assert len(curriculum.make_recipes(config, stages)) == len(stages)
 
 
 def test_pretraining_learns_everything_and_goes_on(recipe, folder, monkeypatch):

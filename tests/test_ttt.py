@@ -132,6 +132,16 @@ def test_the_difference_is_zero_until_something_was_written(implementation):
     assert np.linalg.norm(silent) < 1e-6 * np.linalg.norm(out)
 
 
+@pytest.mark.parametrize("implementation", [*BACKENDS, "pallas", "reference"])
+def test_smaller_values_are_smaller_learning_rates(implementation):
+    """`-<f(W, k), v>` is linear in v, which nothing else sees."""
+    (q, k, v, lr, momentum, init), _ = make_inputs(27)
+    less, end = run((q, k, 0.3 * v, lr, momentum, init), None, None, None, implementation=implementation)
+    slower, same = run((q, k, v, 0.3 * lr, momentum, init), None, None, None, implementation=implementation)
+    assert relative(less, slower) < 1e-5
+    assert relative(end.weights.down, same.weights.down) < 1e-5
+
+
 @pytest.mark.parametrize("implementation", BACKENDS)
 def test_any_split_gives_the_same(implementation):
     arguments, state = make_inputs(25)

@@ -49,11 +49,14 @@ def run(config: FinetuneConfig, stages: Sequence[Stage], card: str = "") -> str 
     recipes = make_recipes(config, stages)
     current = models.load_trained(recipes[0])
     origin = current.origin
-    for recipe in recipes:
+    for number, recipe in enumerate(recipes):
+        if number:
+            before = models.trained_memory(recipes[number - 1].out)
+            current = current._replace(memory=models.weakened(recipe, current.config, before))
+            origin = models.lineage(current)
         current = current._replace(config=recipe.student(current.config, remembers=True))
         finetune.run(recipe, current._replace(origin=origin))
-        current = current._replace(memory=models.trained_memory(recipe.out))
-        origin = models.lineage(current)
+    current = current._replace(memory=models.trained_memory(recipes[-1].out))
     path = stores.join(config.out, "memory.safetensors")
     if distributed.main_process():
         memory_file.save(path, current.config, current.memory, card)

@@ -157,6 +157,9 @@ class FinetuneConfig:
     """Start of the memory's own learning rate for an average token."""
     momentum_init: float | None = None
     """Start of its momentum."""
+    write_strength: float = 1.0
+    """Multiplies, before the first step, all that the memory writes, new or trained: below 1 where it fills up on texts
+    that are longer than those its rates were fitted to or it was trained on. For mixer="allmem" alone."""
 
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of activations. The memory's parameters and its fast weights are float32 in any case."""
@@ -240,6 +243,8 @@ class FinetuneConfig:
             raise ValueError("learning_rate and clip must be positive, warmup and weights not negative")
         if not 0 <= self.lessons <= 1 or (self.lessons and (self.packed or not self.texts)):
             raise ValueError(f"lessons={self.lessons} must be from 0 to 1, and needs texts without pack or a mixture")
+        if self.write_strength <= 0:
+            raise ValueError(f"write_strength={self.write_strength} must be positive; write=False writes nothing")
         if not 0 <= self.ema < 1 or min(self.profile, self.teacher_cache) < 0:
             raise ValueError(
                 f"ema={self.ema} must be in [0, 1), profile={self.profile} and teacher_cache={self.teacher_cache} not "

@@ -170,13 +170,13 @@ def dependencies(demo: DemoConfig, recipe: FinetuneConfig) -> tuple[dict[str, An
 
 
 def load_model(recipe: FinetuneConfig) -> models.Pretrained:
-    """The converted model with a fresh memory."""
+    """The converted model with a fresh memory, computing in float32 whatever the recipe trains in."""
     began = time.monotonic()
     kept.say("  reading and converting the model")
     loaded = models.load(recipe)
     share = cost.added_share(loaded.config)
     kept.say(f"  converted in {time.monotonic() - began:.0f} s; the memory is {share:.1%} of the parameters")
-    return loaded
+    return loaded._replace(config=loaded.config.replace(dtype="float32"))
 
 
 def untrained(loaded: models.Pretrained) -> list[divergence.Variant]:
@@ -201,7 +201,8 @@ def evaluate(demo: DemoConfig, loaded: models.Pretrained, variants: list[diverge
 
 def distil(recipe: FinetuneConfig, load: Callable[[], models.Pretrained]) -> dict[str, Any]:
     """One training run, resumed where it was stopped; returns its last line of metrics."""
-    finetune.run(recipe, load())
+    loaded = load()
+    finetune.run(recipe, loaded._replace(config=loaded.config.replace(dtype=recipe.dtype)))
     return metrics.read_metrics(pathlib.Path(recipe.out, "metrics.jsonl"))[-1]
 
 

@@ -46,7 +46,11 @@ class Pretrained(NamedTuple):
 def load(config: FinetuneConfig) -> Pretrained:
     """The model that a recipe names, with a memory of its own seed unless the folder has one."""
     found = read(config)
-    if found.backbone is None or found.memory:
+    if found.memory:
+        return found._replace(memory=weakened(config, found.config, found.memory))
+    if found.backbone is None:
+        if config.write_strength != 1:
+            raise ValueError(f"write_strength={config.write_strength} needs a model with weights, not {config.model!r}")
         return found
     return found._replace(memory=new_memory(config, found.config, found.backbone, found.tokenizer))
 
@@ -92,11 +96,21 @@ def lineage(found: Pretrained) -> str:
 def new_memory(config: FinetuneConfig, fields: config_lib.ModelConfig, backbone: Any, tokenizer: Any) -> lm.Params:
     """A memory that no training has seen, made as the recipe says, for a model of config `fields`."""
     if config.start == "random":
-        return lm.init_memory(fields, config.seed)
+        return weakened(config, fields, lm.init_memory(fields, config.seed))
     documents = stream.load_documents(config.texts or config.mixture[0].texts, tokenizer, config.cache)
     longest = int(np.argmax(documents.lengths))
     tokens, _ = documents.take(longest, 0, start_lib.LENGTH)
-    return start_lib.from_attention(fields, backbone, tokens, config.seed)
+    return weakened(config, fields, start_lib.from_attention(fields, backbone, tokens, config.seed))
+
+
+def weakened(config: FinetuneConfig, fields: config_lib.ModelConfig, memory: lm.Params) -> lm.Params:
+    """A memory that writes as strongly as the recipe says: its values, which are in nothing but writes, are scaled."""
+    if config.write_strength == 1:
+        return memory
+    if fields.mixer != "allmem":
+        raise ValueError(f"write_strength={config.write_strength} is for mixer=allmem; this memory is {fields.mixer!r}")
+    own = memory["layers"]["memory"]
+    return {"layers": {"memory": own | {"v_conv": {"kernel": own["v_conv"]["kernel"] * config.write_strength}}}}
 
 
 @contextmanager
