@@ -80,6 +80,15 @@ def test_the_folder_stays_within_its_limit(tmp_path):
     assert counted.calls == before  # the first rows were kept, not the last
 
 
+def test_what_another_run_removes_meanwhile_is_no_error(tmp_path, monkeypatch):
+    keep(tmp_path, Counted())({}, batch(1))
+    (path,) = tmp_path.iterdir()
+    listed = [path, tmp_path / "removed.safetensors"]
+    monkeypatch.setattr(type(tmp_path), "glob", lambda self, pattern: iter(listed))
+    keep(tmp_path, Counted())({}, batch(2))
+    assert len(list(os.scandir(tmp_path))) == 2
+
+
 def test_a_control_does_not_pay_for_the_teacher(tmp_path, monkeypatch):
     (tmp_path / "text.txt").write_text(" ".join(np.random.default_rng(0).choice("a bc def ghi".split(" "), 600)))
     recipe = FinetuneConfig(

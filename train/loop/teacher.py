@@ -85,12 +85,15 @@ class Kept:
 
     def _room(self, size: int) -> bool:
         """Whether that many bytes more may be kept, now that old files have gone for them."""
-        found = sorted((path.stat().st_mtime, path) for path in self._folder.glob("*.safetensors"))
-        room = self._limit - sum(path.stat().st_size for _, path in found)
-        for used, path in found:
+        found = []
+        for path in self._folder.glob("*.safetensors"):
+            with contextlib.suppress(FileNotFoundError):  # another run removed it
+                status = path.stat()
+                found.append((status.st_mtime, status.st_size, path))
+        room = self._limit - sum(taken for _, taken, _ in found)
+        for used, taken, path in sorted(found):
             if room >= size or used >= self._began:
                 break
-            room += path.stat().st_size
-            with contextlib.suppress(FileNotFoundError):  # another run removed it
-                path.unlink()
+            room += taken
+            path.unlink(missing_ok=True)
         return room >= size
