@@ -129,6 +129,21 @@ def test_the_readme_is_short():
     assert len((ROOT / "README.md").read_text().split()) <= 600
 
 
+def test_recall_is_the_same_wherever_it_is_told():
+    """In the results, in the front page's picture, whose bars are as long, and on the released memory's card."""
+    share = r"([01]\.\d\d)\*{0,2} \((\d+)"
+    page = (ROOT / "docs/results.md").read_text()
+    table = page[page.index("| tokens of prompt") :].split("\n\n")[0]
+    told = [re.findall(share, line) for line in table.splitlines()[2:]]
+    bars = (ROOT / "docs/images/recall.svg").read_text().split('class="head"')[1:]
+    assert len(told) == 3 and [re.findall(share, part) for part in bars] == told
+    widths = [int(width) for part in bars for width in re.findall(r'width="(\d+)"', part)]
+    assert widths == [max(1, round(340 * float(found))) for row in told for found, _ in row]
+    card = (ROOT / "configs/smollm2_memory.md").read_text()
+    block = card[card.index("tokens of prompt") :].split("\n\n")[0]
+    assert sorted(re.findall(share, block)) == sorted(pair for row in told for pair in row)
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_lead_somewhere(page):
     for link in re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text()):
