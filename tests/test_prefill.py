@@ -63,6 +63,31 @@ def test_gradients_are_those_of_plain_jax():
         assert relative(ours, theirs) < 1e-5
 
 
+@pytest.mark.parametrize("read", [0, 7, 8, 9, 16, 31, 33, 47, 48, 61, 62, 200])
+def test_plain_jax_looks_at_filled_slots_alone(monkeypatch, read):
+    """Of a wide cache: what the slots beyond hold is not read, and the rest is what all of it gives."""
+    count, sink_slots = 62, 3
+    floats, _, _ = make_inputs(9, count, 4, 2, 8, jnp.float32)
+    position, lengths = jnp.asarray([read, 0, read // 2, max(read - 1, 0), read]), jnp.asarray([9, 9, 1, 5, 8])
+    sizes = dict(sink_slots=sink_slots, window=count - sink_slots, sinks=2, scale=0.3)
+    want = ring.attend(*floats, position, lengths, **sizes)
+    monkeypatch.setattr(prefill, "WIDE", count)
+    looked = next(size for size in (8, 16, 31, 47, count) if read <= size or size == count)
+    unread = jnp.arange(count)[:, None, None] >= looked
+    floats[3:] = [jnp.where(unread, jnp.nan, cache) for cache in floats[3:]]
+    attend = functools.partial(prefill.attend, implementation="xla", **sizes)
+    real = (jnp.arange(9) < lengths[:, None])[..., None, None]
+    got, gradients = jax.jit(
+        lambda *x: (
+            attend(*x, position, lengths),
+            jax.grad(lambda *x: jnp.sum(attend(*x, position, lengths) * real), (0, 3))(*x),
+        )
+    )(*floats)
+    for row, length in enumerate(lengths):
+        assert relative(got[row, :length], want[row, :length]) < 1e-5
+    assert all(np.all(np.isfinite(gradient)) for gradient in gradients)
+
+
 def test_a_named_backend_is_never_replaced():
     floats, position, lengths = make_inputs(17, 21, 4, 2, 8, jnp.float32)
     if jax.default_backend() == "cpu":

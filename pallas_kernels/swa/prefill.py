@@ -12,6 +12,8 @@ import jax.numpy as jnp
 from pallas_kernels import backends
 from pallas_kernels.swa import decode_tpu, prefill_tpu, ring
 
+WIDE = 1024  # slots, from which plain JAX looks at those that are filled alone
+
 
 def attend(
     q: jax.Array,
@@ -42,9 +44,22 @@ def attend(
     return backends.run(implementation, functions, *arrays, jnp.int32(window), jnp.int32(sinks))
 
 
-def _plain(sink_slots, scale, *arrays) -> jax.Array:
-    *tokens, window, sinks = arrays
-    return ring.attend(*tokens, sink_slots=sink_slots, window=window, sinks=sinks, scale=scale)
+def _plain(sink_slots, scale, q, k, v, keys, values, position, lengths, window, sinks) -> jax.Array:
+    """`ring.attend` to the beginning of a wide cache that holds all there is: slots fill in order."""
+    count = keys.shape[1]
+    parts = (-(-count * eighths // 8) for eighths in ((1, 2, 4, 6, 8) if count >= WIDE else (8,)))
+    sizes = [size for size in parts if size > sink_slots]
+
+    def first(size):
+        def attend(q, k, v, keys, values):
+            cache = keys[:, :size], values[:, :size]
+            where = dict(sink_slots=sink_slots, window=window, sinks=sinks, scale=scale)
+            return ring.attend(q, k, v, *cache, position, lengths, **where)
+
+        return attend
+
+    smallest = sum((position.max() > size).astype(jnp.int32) for size in sizes[:-1])
+    return jax.lax.switch(smallest, [first(size) for size in sizes], q, k, v, keys, values)
 
 
 _FUNCTIONS: dict[str, Any] = {

@@ -4,7 +4,7 @@ Axes: B batch, L new tokens, Hq query heads, Hkv key heads, G = Hq / Hkv, D head
 T = S + W slots, Y layers.
 
 Token p lives in slot p while p < S, else in slot S + (p - S) % W, so that the cache holds the first S and the last W
-tokens of each row, whatever its phase. It is read where it lies: nothing here copies it or appends to it.
+tokens of each row, whatever its phase. It is read where it lies, in any order.
 """
 
 import jax
@@ -67,27 +67,24 @@ def attend(q, k, v, keys, values, position, lengths, *, sink_slots: int, window,
       [B, L, Hq, D] in q's dtype. Rows of padding are arbitrary but finite.
     """
     batch, length, heads, dim = q.shape
-    count = keys.shape[1]
+    kv_heads, count = keys.shape[2], keys.shape[1]
     offsets = jnp.arange(length, dtype=jnp.int32)
     q_pos = position[:, None] + offsets  # [B, L]
     past = held(position[:, None], jnp.arange(count, dtype=jnp.int32), sink_slots, count)
-    new = jnp.where(offsets < lengths[:, None], q_pos, -1)
-    grouped = q.reshape(batch, length, k.shape[2], -1, dim)
+    token = jnp.concatenate([past, jnp.where(offsets < lengths[:, None], q_pos, -1)], axis=1)[:, None]
+    distance = q_pos[:, :, None] - token
+    visible = (token >= 0) & (distance >= 0) & ((distance < window) | (token < sinks))
+    hidden = jnp.where(visible, 0.0, -1e30)[:, None, None]  # [B, 1, 1, L, T + L]
 
-    def scores(keys, token):
-        """[B, Hkv, G, L, X] of X keys, which hold those tokens [B, X]; -1 is none."""
-        distance = q_pos[:, :, None] - token[:, None]
-        visible = (token >= 0)[:, None] & (distance >= 0) & ((distance < window) | (token < sinks)[:, None])
-        found = dots.einsum("blhgd,bkhd->bhglk", grouped, keys) * scale
-        return jnp.where(visible[:, None, None], found, -1e30)
-
-    # Cache and new tokens share one maximum and one sum, but no array.
-    cached, own = scores(keys, past), scores(k, new)
-    top = jax.lax.stop_gradient(jnp.maximum(cached.max(-1, keepdims=True), own.max(-1, keepdims=True)))
-    cached, own = jnp.exp(cached - top), jnp.exp(own - top)
-    out = sum(dots.einsum("bhglk,bkhd->blhgd", w.astype(v.dtype), x) for w, x in ((cached, values), (own, v)))
-    total = jnp.moveaxis(cached.sum(-1) + own.sum(-1), 3, 1)[..., None]  # [B, L, Hkv, G, 1]
-    return (out / total).reshape(batch, length, heads, dim).astype(q.dtype)
+    # One matrix a key head, rows (G, L): as they come, XLA makes many small products of them on a CPU.
+    query = q.reshape(batch, length, kv_heads, -1, dim).transpose(0, 2, 3, 1, 4).reshape(batch, kv_heads, -1, dim)
+    keys, values = (jnp.swapaxes(jnp.concatenate(pair, axis=1), 1, 2) for pair in ((keys, k), (values, v)))
+    scores = dots.einsum("bhrd,bhtd->bhrt", query, keys) * scale
+    grouped = scores.reshape(batch, kv_heads, -1, length, keys.shape[2]) + hidden
+    weights = jnp.exp(grouped - jax.lax.stop_gradient(grouped.max(-1, keepdims=True)))
+    out = dots.einsum("bhrt,bhtd->bhrd", weights.astype(v.dtype).reshape(scores.shape), values)
+    out = out.reshape(*weights.shape[:-1], dim) / weights.sum(-1, keepdims=True)
+    return out.transpose(0, 3, 1, 2, 4).reshape(q.shape).astype(q.dtype)
 
 
 def write(cache: jax.Array, new: jax.Array, position: jax.Array, lengths: jax.Array, sink_slots: int) -> jax.Array:
