@@ -58,6 +58,8 @@ config = FinetuneConfig(
     log_every=10,
 )
 
+prose = dict(batch=1, window=(128, 512), lessons=0.3, answer_weight=0.5, delay=True, positions=0.5,
+             beyond_window=True, inside_weight=1.0)  # fmt: skip
 stages = (
     dict(steps=250, batch=32, seq_length=320, window=(64, 64), lessons=0.9, kinds=("facts",), answer_weight=2.0,
          learning_rate=2e-3, warmup=10, decay=0.2),
@@ -67,11 +69,7 @@ stages = (
          learning_rate=1e-3, warmup=10, decay=0.5),
     dict(steps=90, batch=2, seq_length=1024, window=(128, 512), lessons=0.5, answer_weight=0.5, delay=True,
          learning_rate=5e-4, warmup=2, decay=0.7, seed=3),
-    dict(steps=150, batch=1, seq_length=2048, window=(128, 512), lessons=0.3, answer_weight=0.5, delay=True,
-         positions=0.5, beyond_window=True, inside_weight=1.0, learning_rate=1e-3, warmup=5, decay=0.6, seed=5),
-    dict(steps=140, batch=1, seq_length=2048, window=(128, 512), lessons=0.3, answer_weight=0.5, delay=True,
-         positions=0.5, beyond_window=True, inside_weight=1.0, learning_rate=1e-3, warmup=5, decay=0.6, seed=6,
-         write_strength=0.5),
-    dict(steps=26, batch=1, seq_length=4096, window=(128, 512), lessons=0.3, answer_weight=0.5, delay=True,
-         positions=0.5, beyond_window=True, inside_weight=1.0, learning_rate=5e-4, warmup=3, decay=0.8, seed=7),
+    prose | dict(steps=150, seq_length=2048, learning_rate=1e-3, warmup=5, decay=0.6, seed=5),
+    prose | dict(steps=140, seq_length=2048, learning_rate=1e-3, warmup=5, decay=0.6, seed=6, write_strength=0.5),
+    prose | dict(steps=26, seq_length=4096, learning_rate=5e-4, warmup=3, decay=0.8, seed=7),
 )  # fmt: skip

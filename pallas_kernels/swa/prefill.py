@@ -50,16 +50,13 @@ def _plain(sink_slots, scale, q, k, v, keys, values, position, lengths, window, 
     parts = (-(-count * eighths // 8) for eighths in ((1, 2, 4, 6, 8) if count >= WIDE else (8,)))
     sizes = [size for size in parts if size > sink_slots]
 
-    def first(size):
-        def attend(q, k, v, keys, values):
-            cache = keys[:, :size], values[:, :size]
-            where = dict(sink_slots=sink_slots, window=window, sinks=sinks, scale=scale)
-            return ring.attend(q, k, v, *cache, position, lengths, **where)
+    def attend_first(size):
+        cache = keys[:, :size], values[:, :size]
+        where = dict(sink_slots=sink_slots, window=window, sinks=sinks, scale=scale)
+        return ring.attend(q, k, v, *cache, position, lengths, **where)
 
-        return attend
-
-    smallest = sum((position.max() > size).astype(jnp.int32) for size in sizes[:-1])
-    return jax.lax.switch(smallest, [first(size) for size in sizes], q, k, v, keys, values)
+    smallest = jnp.sum(position.max() > jnp.asarray(sizes[:-1], jnp.int32))
+    return jax.lax.switch(smallest, [functools.partial(attend_first, size) for size in sizes])
 
 
 _FUNCTIONS: dict[str, Any] = {
