@@ -55,6 +55,16 @@ def gradients(product, x, y):
     return out, d_x, d_y
 
 
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("rows", [(1,), (2, 3), (dots.FEW,), (1, dots.FEW + 1)])
+def test_a_turned_kernel(rows, dtype):
+    """Few rows and many, of operands in bfloat16: its products are exact in float32."""
+    x, kernel = operands((*rows, 40), (7, 40))
+    found = jax.jit(dots.turned)(x.astype(dtype), kernel)
+    assert found.dtype == jnp.float32 and found.shape == (*rows, 7)
+    assert relative(found, np.asarray(x, np.float64) @ np.asarray(kernel, np.float64).T) < 1e-6
+
+
 @pytest.mark.parametrize("rows", [(1,), (1, 1), (2, 1)])
 def test_a_row_by_itself(rows):
     x, kernel = operands((*rows, 5), (5, 4))

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_model import TINY, random_params, random_tokens
+from test_model import TINY, random_params, random_tokens, relative
 
 from allmem_jax.decoding import generation
 from allmem_jax.model import lm
@@ -70,22 +70,42 @@ def test_a_saved_state_answers_again(params):
         assert asked == generation.generate(params, TINY, [book + question], max_tokens=4, piece=5)
 
 
-def test_kernels_as_bits_are_the_same_model(params):
-    """bfloat16 kernels that lie on a CPU are read as integers there, where they lie."""
-    config = TINY.replace(dtype="bfloat16")
-    backbone, memory = lm.split_params(params)
-    narrow = lm.merge_params(jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), backbone), memory)
-    bits = lm.as_bits(narrow)
-    kernel, same = (p["layers"]["mlp"]["up_proj"]["kernel"] for p in (narrow, bits))
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_unstacked_kernels_are_the_same_model(dtype, tied):
+    """Kernels of each layer as arrays of their own, and a head in parts: the same logits for few rows and for many."""
+    config = TINY.replace(dtype=dtype, tie_embeddings=tied, vocab_size=2311, d_model=512)  # more than one part
+    backbone, memory = lm.split_params(random_params(config))
+    backbone = jax.tree.map(lambda leaf: leaf.astype(dtype), backbone)
+    params = lm.merge_params(backbone, memory)
+    apart = lm.unstack(params)
+    assert lm.unstack(apart) is apart and lm.variables(apart) is apart
     if jax.default_backend() == "cpu":
-        assert same.dtype == jnp.uint16 and same.unsafe_buffer_pointer() == kernel.unsafe_buffer_pointer()
-    assert lm.as_bits(bits)["layers"]["mlp"]["up_proj"]["kernel"] is same
-    assert jax.tree.map(lambda leaf: leaf.dtype, lm.as_bits(params)) == jax.tree.map(lambda leaf: leaf.dtype, params)
+        kernels = apart["kernels"]["layers"]["mlp"]["up_proj"]["kernel"]
+        assert np.array_equal(jnp.stack(kernels), params["layers"]["mlp"]["up_proj"]["kernel"].swapaxes(1, 2))
+        assert len(apart["kernels"]["lm_head"]["kernel"]) == (1 if dtype == "float32" else 2)
     apply = jax.jit(lm.AllMemLM(config).apply)
-    tokens = random_tokens(2, 9)
-    all_narrow = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params)  # convolutions have kernels too
-    for given in (narrow, all_narrow):
-        assert np.array_equal(apply({"params": given}, tokens), apply({"params": lm.as_bits(given)}, tokens))
+    exact = jax.jit(lm.AllMemLM(config.replace(dtype="float32")).apply)
+    for tokens in (random_tokens(1, 1), random_tokens(2, 9), random_tokens(2, 70)):
+        got, stacked = (apply(lm.variables(given), tokens) for given in (apart, params))
+        expected = exact({"params": jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params)}, tokens)
+        assert stacked.dtype == got.dtype == jnp.float32
+        assert relative(got, expected) < max(1e-5, 1.2 * relative(stacked, expected))  # rounding grows with depth
+        hidden = jax.random.normal(jax.random.key(0), (*tokens.shape, config.d_model), dtype)
+        got, expected = (lm.logits(given, config, hidden) for given in (apart, params))
+        assert relative(got, expected) < (1e-5 if dtype == "float32" else 1e-2)
+
+
+def test_unstacking_can_give_back_the_room(params):
+    """Donated kernels are gone once they are copied; the other arrays are shared."""
+    mine = jax.tree.map(jnp.copy, params)
+    apart = lm.unstack(mine, donate=True)
+    if jax.default_backend() == "cpu":
+        assert mine["layers"]["mlp"]["up_proj"]["kernel"].is_deleted()
+        assert apart["params"]["embed"]["embedding"] is mine["embed"]["embedding"]
+    tokens = random_tokens(1, 5)
+    expected = lm.AllMemLM(TINY).apply({"params": params}, tokens)
+    assert relative(lm.AllMemLM(TINY).apply(lm.variables(apart), tokens), expected) < 1e-5
 
 
 def test_long_generation_compiles_once(params):

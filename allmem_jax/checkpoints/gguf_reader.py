@@ -45,8 +45,11 @@ class GGUFFile(NamedTuple):
     def read(self, name: str) -> np.ndarray:
         """One tensor as float32, of its `shape`."""
         tensor = self.tensors[name]
-        data = np.memmap(self.path, np.uint8, "r", tensor.start, (tensor.n_bytes,))
-        return gguf.dequantize(data.reshape(*tensor.shape[:-1], -1), tensor.kind).reshape(tensor.shape)
+        data = np.fromfile(self.path, np.uint8, tensor.n_bytes, offset=tensor.start)
+        # `gguf` decodes 16 rows at a time. Blocks end where rows do, so rows may have any length: about a megabyte.
+        blocks = tensor.n_bytes // gguf.GGML_QUANT_SIZES[tensor.kind][1]
+        rows = math.gcd(blocks, 16 * 2 ** max(0, math.ceil(math.log2(math.prod(tensor.shape) / 2**22))))
+        return gguf.dequantize(data.reshape(rows, -1), tensor.kind).reshape(tensor.shape)
 
 
 def open_gguf(path: str | pathlib.Path) -> GGUFFile:

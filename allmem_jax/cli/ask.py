@@ -37,7 +37,7 @@ def ask(
     if not question.strip():
         raise ValueError("the question is empty: write something")
     given = options.answering(writing)
-    config, params, tokenizer = options.load_model(model, mixing)
+    config, params, tokenizer = options.load_to_decode(model, mixing)
     after = state_lib.load_state(state, config)
     if not plain:
         asked = [{"role": "user", "content": question}]

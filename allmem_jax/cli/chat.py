@@ -34,7 +34,7 @@ def chat(
     from allmem_jax.model import state as state_lib
 
     given, system = options.answering(writing), terminal.unicode("the system message", system)
-    config, params, tokenizer = options.load_model(model, mixing)
+    config, params, tokenizer = options.load_to_decode(model, mixing)
     options.check_window(mixing, [config.mixer])
     messages = [{"role": "system", "content": system}] if system else []
     thinking = options.switch(writing)

@@ -38,7 +38,7 @@ def generate(
     if not prompt.strip():
         raise ValueError("the prompt is empty: give some text to continue, or - to read it from standard input")
     given = options.answering(writing)
-    config, params, tokenizer = options.load_model(model, mixing)
+    config, params, tokenizer = options.load_to_decode(model, mixing)
     options.check_window(mixing, [config.mixer])
     if chat:
         talk = chat_lib.Conversation(params, config, tokenizer, **given, thinking=options.switch(writing))

@@ -122,6 +122,14 @@ def load_model(model: pathlib.Path, mixing: Mixing) -> tuple[Any, Any, Any]:
     return load.load_with_tokenizer(model, **given(mixing))
 
 
+def load_to_decode(model: pathlib.Path, mixing: Mixing) -> tuple[Any, Any, Any]:
+    """`load_model` for a command that decodes and does nothing else with the parameters (`lm.unstack`)."""
+    from allmem_jax.model import lm
+
+    config, params, tokenizer = load_model(model, mixing)
+    return config, lm.unstack(params, donate=True), tokenizer
+
+
 def fingerprint(model: pathlib.Path, mixing: Mixing) -> str:
     """What tells these parameters from others: the files that they come from."""
     from allmem_jax.checkpoints import memory_file

@@ -33,7 +33,7 @@ def read(
     content = text.read_text(encoding="utf-8")
     if not content.strip():
         raise ValueError(f"{text} is empty: give a text to read")
-    config, params, tokenizer = options.load_model(model, mixing)
+    config, params, tokenizer = options.load_to_decode(model, mixing)
     if config.mixer == "full":
         raise ValueError("full attention has no state of constant size: add --memory, or --mixer swa")
     past = None if state is None else state_lib.load_state(state, config)

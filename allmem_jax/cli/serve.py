@@ -59,6 +59,7 @@ def serve(
         from allmem_jax.serving import memories as memories_lib
     except ImportError as error:
         raise ValueError(f"serving needs more packages ({error}): pip install 'allmem-jax[serve]'") from None
+    from allmem_jax.model import lm
     from allmem_jax.storage import stores
 
     stores.check_writable(memories, "memories")
@@ -69,6 +70,7 @@ def serve(
     which = memories_lib.fingerprint(params, config)
     kept = memories_lib.Memories(memories, config, which)
     store = None if prefixes is None else prefix_store.PrefixStore(prefixes, config, which, prefixes_mb * 2**20)
+    params = lm.unstack(params, donate=True)
     sizes = dict(slots=slots, piece=piece, waiting=waiting, cache_bytes=cache_mb * 2**20)
     served = answers.Served(
         name or model.stem,

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from allmem_jax.model import config as config_lib
-from allmem_jax.model import functional, lm
+from allmem_jax.model import lm
 from allmem_jax.model import state as state_lib
 
 
@@ -94,12 +94,12 @@ def prefill_piece(
     Returns the logits [B, V] after each row's last real token (rows of length 0 keep `last`) and the state.
     """
     result: Any = lm.AllMemLM(config).apply(
-        {"params": params}, tokens, lengths=lengths, state=state, return_hidden=True
+        lm.variables(params), tokens, lengths=lengths, state=state, return_hidden=True
     )
     hidden, state = result
     index = jnp.maximum(lengths - 1, 0)
     newest = jnp.take_along_axis(hidden, index[:, None, None], axis=1)[:, 0]
-    logits = functional.logits(newest, lm.head_kernel(params, config))
+    logits = lm.logits(params, config, newest)
     return jnp.where(lengths[:, None] > 0, logits, last), state
 
 
@@ -119,7 +119,7 @@ def decode_step(
     """
     token = sample(key, logits, sampling)
     lengths = jnp.where(done, 0, 1)
-    result: Any = lm.AllMemLM(config).apply({"params": params}, token[:, None], lengths=lengths, state=state)
+    result: Any = lm.AllMemLM(config).apply(lm.variables(params), token[:, None], lengths=lengths, state=state)
     return token, result[0][:, 0], result[1]
 
 
@@ -135,7 +135,7 @@ def prefill(
     """Reads prompts of any lengths in pieces of `piece` tokens, so that no buffer grows with a prompt.
 
     Args:
-      params: parameters of the model.
+      params: parameters of the model, or what `lm.unstack` made of them, which spares each call to do it.
       config: the model. A "full" mixer gets a cache that holds what the rows have seen and the prompts.
       prompts: B lists of token ids, none empty.
       state: what the rows have already seen; None for nothing. It is read, not consumed: fork it at will.
@@ -163,7 +163,7 @@ def prefill(
         raise ValueError(f"state holds {state.position.shape[0]} rows for {len(rows)} prompts")
     config, state = with_room(config, state, len(rows), max(map(len, rows)))
     logits = jnp.zeros((len(rows), config.vocab_size), jnp.float32)
-    params = lm.as_bits(params)
+    params = lm.unstack(params)
     piece = fitting_piece(max(map(len, rows)), piece)
     for start in range(0, max(map(len, rows)), piece):
         tokens = np.zeros((len(rows), piece), np.int32)
@@ -205,7 +205,7 @@ def stream(
     key = jax.random.key(seed)
     done = np.zeros(logits.shape[0], bool)
     config, state = with_room(config, state, len(logits), max_tokens)
-    params = lm.as_bits(params)
+    params = lm.unstack(params)
     state = jax.tree.map(jnp.copy, state)  # decode_step consumes its state; the caller's stays
     for index in range(max_tokens):
         tokens, logits, state = decode_step(
@@ -289,6 +289,7 @@ def answers(
       ends: told an answer after each of its tokens, whether it ends there; that token is part of it.
       state: of as many rows as run.
     """
+    params = lm.unstack(params)
     stops = config.eos_tokens if stop_tokens is None else stop_tokens
     rows = [*prompts, *[prompts[-1]] * (batch - len(prompts))] if prompts else []
     config, state = with_room(config, state, len(rows), max(map(len, rows), default=0) + max_tokens)

@@ -72,25 +72,26 @@ def gated(gate: jax.Array, up: jax.Array, activation: str) -> jax.Array:
     return recomputed(product)(gate, up)
 
 
-def linear(x: jax.Array, kernel: jax.Array, bias: jax.Array | None = None, scale: jax.Array | None = None) -> jax.Array:
+def linear(x: jax.Array, kernel: Any, bias: jax.Array | None = None, scale: jax.Array | None = None) -> jax.Array:
     """(x @ kernel) * scale + bias in x's dtype, accumulated in float32.
 
     Args:
-      x: [..., in]; kernel: [in, out], or its bits (see `lm.as_bits`).
+      x: [..., in]; kernel: [in, out], or `dots.Unstacked`.
       bias, scale: [out]. Where x has more rows than the kernel, `scale` is taken into the kernel, which costs less.
     """
-    if kernel.dtype == jnp.uint16:
-        kernel = jax.lax.bitcast_convert_type(kernel, jnp.bfloat16)
-    many = x.size > kernel.shape[0] * x.shape[-1]
-    y = dots.matmul(x, kernel if scale is None or not many else kernel * scale)
+    if isinstance(kernel, dots.Unstacked):
+        y, many = kernel.product(x), False
+    else:
+        many = x.size > kernel.shape[0] * x.shape[-1]
+        y = dots.matmul(x, kernel if scale is None or not many else kernel * scale)
     if scale is not None and not many:
         y = y * per_channel(scale, y)
     return (y if bias is None else y + per_channel(bias, y)).astype(x.dtype)
 
 
-def logits(hidden: jax.Array, head: jax.Array) -> jax.Array:
-    """float32 [..., V] from hidden states [..., d] and the head [d, V], accumulated in float32."""
-    return dots.matmul(hidden, head)
+def logits(hidden: jax.Array, head: jax.Array | tuple[jax.Array, ...]) -> jax.Array:
+    """float32 [..., V] from hidden states [..., d] and the head [d, V], or its parts [v, d]; accumulated in float32."""
+    return dots.in_turn(hidden, head) if isinstance(head, tuple) else dots.matmul(hidden, head)
 
 
 def document_offsets(segment_ids: jax.Array) -> tuple[jax.Array, jax.Array]:

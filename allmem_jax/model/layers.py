@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import pallas_kernels
 from allmem_jax.model import config as config_lib
 from allmem_jax.model import functional
+from pallas_kernels import dots
 from pallas_kernels.ttt import decode
 
 Rope = tuple[jax.Array, jax.Array]
@@ -176,7 +177,13 @@ class Linear(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, scale: jax.Array | None = None) -> jax.Array:
         """Returns [..., out] in x's dtype, with the kernel's columns times `scale` [out]."""
-        kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features))
+        kernel: Any
+        if self.has_variable(
+            "kernels", "kernel"
+        ):  # `lm.unstack`: of all layers, and the parameter is this one's number
+            kernel = dots.Unstacked(*(self.get_variable(where, "kernel") for where in ("kernels", "params")))
+        else:
+            kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features))
         bias = self.param("bias", self.bias_init, (self.features,)) if self.use_bias else None
         return functional.linear(x, kernel, bias, scale)
 

@@ -3,6 +3,7 @@
 B batch    L tokens    d model    V vocabulary    Y layers
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -77,6 +78,7 @@ class AllMemLM(nn.Module):
         stack = nn.scan(
             _rematerialised(c.remat),
             variable_axes={"params": 0, "intermediates": 0},
+            variable_broadcast="kernels",
             split_rngs={"params": True},
             in_axes=(0, nn.broadcast),
             length=c.n_layers,
@@ -88,7 +90,9 @@ class AllMemLM(nn.Module):
         x, after = stack(c, name="layers")(x, (jnp.arange(c.n_layers), local, given), shared)
         x = layers.RMSNorm(c.norm_eps, c.norm_offset, name="final_norm")(x)
         result = x
-        if not return_hidden:
+        if not return_hidden and (apart := self.variables.get("kernels")):
+            result = functional.logits(x, apart["lm_head"]["kernel"])[..., : c.vocab_size]
+        elif not return_hidden:
             result = functional.logits(x, table.T) if c.tie_embeddings else layers.Head(c.vocab_size, name="lm_head")(x)
         if state is None:
             return result
@@ -130,24 +134,68 @@ def init_memory(config: config_lib.ModelConfig, seed: int = 0) -> Params:
     return jax.jit(lambda key: split_params(AllMemLM(config).init(key, tokens)["params"])[1])(jax.random.key(seed))
 
 
-def as_bits(params: Params) -> Params:
-    """The same parameters, to call the model with where it runs often: bfloat16 kernels on a CPU become their bits.
+def unstack(params: Params, *, donate: bool = False) -> Params:
+    """The same parameters for a model that decodes, as `variables` takes them: on a CPU with kernels of their own.
 
-    XLA on CPUs has no slices of bfloat16 arrays: a loop over layers widens all their kernels before each run, which
-    takes ten times as long as to read them. Slices of uint16 are made where they lie. No array is copied.
+    A loop over layers copies, on a CPU, what it takes of stacked kernels, and widens those in bfloat16 before each run:
+    more work than the products of one token. So each layer's kernels become arrays, [out, in] for `dots.turned`, and a
+    head that is not float32 parts that fit a cache. Parameters elsewhere come back as they are, and so do those that
+    were unstacked before.
+
+    Args:
+      params: of the whole model.
+      donate: deletes what it has copied, so that there is room for a large model.
     """
+    flat = flax.traverse_util.flatten_dict(params)
+    if "kernels" in params or not all(map(_on_one_cpu, flat.values())):
+        return params
+    kernels: dict[Any, Any] = {}
 
-    def bits(path: Any, leaf: Any) -> Any:
-        names = [key.key for key in path]
-        linear = (
-            names[0] == "layers" and names[-1] == "kernel" and names[-2].endswith("_proj")
-        )  # of `functional.linear`
-        narrow = linear and leaf.dtype == jnp.bfloat16
-        if not (narrow and isinstance(leaf, jax.Array) and [d.platform for d in leaf.devices()] == ["cpu"]):
-            return leaf
-        return jax.device_put(np.asarray(leaf).view(np.uint16), leaf.sharding)
+    def copied(path: Any, copies: Sequence[jax.Array]) -> None:
+        kernels[path] = tuple(copies)
+        leaf = flat.pop(path)
+        if donate and isinstance(leaf, jax.Array):
+            leaf.delete()
 
-    return jax.tree_util.tree_map_with_path(bits, params)
+    for path, leaf in list(flat.items()):
+        if path[0] == "layers" and path[-1] == "kernel" and path[-2].endswith("_proj"):  # of `functional.linear`
+            copied(path, [jnp.asarray(one.T) for one in np.asarray(leaf)])
+            flat[path] = jnp.arange(len(leaf))
+    if "lm_head" in params:
+        copied(("lm_head", "kernel"), _parts(np.asarray(flat["lm_head", "kernel"]).T))
+    else:
+        kernels["lm_head", "kernel"] = _parts(flat["embed", "embedding"])
+    return {key: flax.traverse_util.unflatten_dict(value) for key, value in (("params", flat), ("kernels", kernels))}
+
+
+def _on_one_cpu(leaf: Any) -> bool:
+    if isinstance(leaf, jax.core.Tracer):
+        return False
+    if isinstance(leaf, jax.Array):
+        return [device.platform for device in leaf.devices()] == ["cpu"]
+    return jax.default_backend() == "cpu"
+
+
+def _parts(head: Any) -> tuple[jax.Array, ...]:
+    """The turned head [V, d] in equal parts [v, d]: one in float32, else of a million numbers and zeros at the end."""
+    if head.dtype == jnp.float32:
+        return (jnp.asarray(head),)
+    count = -(-head.size // 2**20)
+    size = -(-len(head) // count)
+    whole = np.pad(np.asarray(head), ((0, size * count - len(head)), (0, 0)))
+    return tuple(map(jnp.asarray, np.split(whole, count)))
+
+
+def variables(params: Params) -> dict[str, Any]:
+    """What the model is applied to, from its parameters or from what `unstack` made of them."""
+    return params if "kernels" in params else {"params": params}
+
+
+def logits(params: Params, config: config_lib.ModelConfig, hidden: jax.Array) -> jax.Array:
+    """float32 [..., V] of final hidden states [..., d], from the parameters or from what `unstack` made of them."""
+    if "kernels" in params:
+        return functional.logits(hidden, params["kernels"]["lm_head"]["kernel"])[..., : config.vocab_size]
+    return functional.logits(hidden, head_kernel(params, config))
 
 
 def split_params(params: Params) -> tuple[Params, Params]:

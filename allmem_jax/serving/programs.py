@@ -71,7 +71,7 @@ def step(
     nothing = jnp.zeros((len(token), count), jnp.float32), jnp.zeros((len(token), count), jnp.int32)
     best, top = jax.lax.cond(draws.told.any(), lambda: tuple(jax.lax.top_k(every, count)), lambda: nothing)
     lengths = draws.live.astype(jnp.int32)
-    result: Any = lm.AllMemLM(config).apply({"params": params}, token[:, None], lengths=lengths, state=state)
+    result: Any = lm.AllMemLM(config).apply(lm.variables(params), token[:, None], lengths=lengths, state=state)
     return Drawn(token, logprob, top, best), result[0][:, 0], result[1]
 
 

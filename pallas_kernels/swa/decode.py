@@ -89,12 +89,45 @@ def plain(sink_slots, scale, q, k, v, keys, values, position, window, sinks, lay
     dtype = jnp.promote_types(q.dtype, jnp.float32)
     query = q.reshape(batch, k.shape[1], -1, dim)  # [B, Hkv, G, D]
     seen = ring.in_sight(position[:, None], jnp.arange(keys.shape[1]), sink_slots, keys.shape[1], window, sinks)
-    scores = jnp.where(seen[:, None, None], dots.einsum("bhgd,bthd->bhgt", query, keys) * scale, -jnp.inf)
+    scores = jax.lax.platform_dependent(query, keys, cpu=_scores_at_once, default=_scores)
+    scores = jnp.where(seen[:, None, None], scores * scale, -jnp.inf)
     own = dots.einsum("bhgd,bhd->bhg", query, k)[..., None] * scale
     top = jax.lax.stop_gradient(jnp.maximum(scores.max(-1, keepdims=True), own))
     weights, own = jnp.exp(scores - top), jnp.exp(own - top)
-    out = dots.einsum("bhgt,bthd->bhgd", weights.astype(v.dtype), values) + own * v.astype(dtype)[:, :, None]
+    out = jax.lax.platform_dependent(weights.astype(v.dtype), values, cpu=_mean_at_once, default=_mean)
+    out += own * v.astype(dtype)[:, :, None]
     return (out / (weights.sum(-1, keepdims=True) + own)).reshape(q.shape).astype(q.dtype)
+
+
+def _scores(query: jax.Array, keys: jax.Array) -> jax.Array:
+    """[B, Hkv, G, D] and [B, T, Hkv, D] -> [B, Hkv, G, T]."""
+    return dots.einsum("bhgd,bthd->bhgt", query, keys)
+
+
+def _mean(weights: jax.Array, values: jax.Array) -> jax.Array:
+    """[B, Hkv, G, T] and [B, T, Hkv, D] -> [B, Hkv, G, D]."""
+    return dots.einsum("bhgt,bthd->bhgd", weights, values)
+
+
+def _scores_at_once(query: jax.Array, keys: jax.Array) -> jax.Array:
+    """`_scores` with queries as wide as all key heads, and zero but for their own.
+
+    More products, but of the cache as it lies: XLA on CPUs writes it anew to part the heads.
+    """
+    batch, heads = query.shape[:2]
+    wide = jnp.where(_own(heads), query[:, :, :, None], 0).reshape(batch, -1, heads * query.shape[3])
+    return dots.einsum("brc,btc->brt", wide, keys.reshape(*keys.shape[:2], -1)).reshape(*query.shape[:3], -1)
+
+
+def _mean_at_once(weights: jax.Array, values: jax.Array) -> jax.Array:
+    """`_mean` over the values of all key heads, of which each takes its own."""
+    batch, heads, group, count = weights.shape
+    every = dots.einsum("brt,btc->brc", weights.reshape(batch, -1, count), values.reshape(batch, count, -1))
+    return jnp.where(_own(heads), every.reshape(batch, heads, group, heads, -1), 0).sum(axis=3)
+
+
+def _own(heads: int) -> jax.Array:
+    return jnp.eye(heads, dtype=bool)[:, None, :, None]  # [Hkv, 1, Hkv, 1]
 
 
 _differentiable = functools.partial(backends.with_gradient_of, plain, fixed=2, floats=5, constants=4)

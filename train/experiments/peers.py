@@ -23,6 +23,7 @@ import tyro
 from allmem_jax.checkpoints import load, save
 from allmem_jax.decoding import generation
 from allmem_jax.evaluation import latency
+from allmem_jax.model import lm
 from allmem_jax.reporting import sections
 from allmem_jax.storage import files
 from train import errors
@@ -67,6 +68,7 @@ def _ours(model: pathlib.Path, dtype: str, mixer: str, window: int) -> Run:
     sizes: dict[str, Any] = {} if mixer == "full" else {"window": window, "sinks": 4}
     sizes |= {"chunk": 64, "read_out": "difference", "delay": True} if mixer == "allmem" else {}
     config, params, _ = load.load_pretrained(model, dtype=dtype, mixer=mixer, **sizes)
+    params = lm.unstack(params)
 
     def run(tokens: list[int], decode: int) -> tuple[float, list[float]]:
         here, state = generation.with_room(config, None, 1, len(tokens) + decode)
