@@ -506,7 +506,7 @@ def test_prompts_longer_than_in_training_are_told_of_once(tokenizer, monkeypatch
     variants = [divergence.Variant(name, config.replace(mixer=name)) for name in ("full", "swa")]
     settings = recall.Settings(("needle", "short_needle"), (LENGTH,), samples=4, batch=1)
     with pytest.warns(UserWarning) as told:
-        recall.measure(settings, {}, tokenizer, {"ahab": TEXT}, variants)
+        recall.measure(settings, lm.init_params(config), tokenizer, {"ahab": TEXT}, variants)
     message = (
         f"needle: prompts have up to {LENGTH - questions_lib.room('needle')} tokens, and the model was trained on 500"
     )
