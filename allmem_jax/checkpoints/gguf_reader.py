@@ -46,9 +46,9 @@ class GGUFFile(NamedTuple):
         """One tensor as float32, of its `shape`."""
         tensor = self.tensors[name]
         data = np.fromfile(self.path, np.uint8, tensor.n_bytes, offset=tensor.start)
-        # `gguf` decodes 16 rows at a time. Blocks end where rows do, so rows may have any length: about a megabyte.
+        # `gguf` decodes 16 rows at a time. Blocks follow each other, so rows may have any length: a quarter million.
         blocks = tensor.n_bytes // gguf.GGML_QUANT_SIZES[tensor.kind][1]
-        rows = math.gcd(blocks, 16 * 2 ** max(0, math.ceil(math.log2(math.prod(tensor.shape) / 2**22))))
+        rows = math.gcd(blocks, 16 << (math.prod(tensor.shape) >> 22).bit_length())
         return gguf.dequantize(data.reshape(rows, -1), tensor.kind).reshape(tensor.shape)
 
 

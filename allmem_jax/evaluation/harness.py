@@ -8,6 +8,7 @@ Requests are encoded, truncated and answered as lm_eval's Hugging Face model doe
     B rows of a batch, always as many    L tokens of a row, padded to a power of two    d model
 """
 
+import functools
 import inspect
 import logging
 import pathlib
@@ -26,6 +27,7 @@ from allmem_jax.checkpoints import tokenizer as tokenizer_lib
 from allmem_jax.decoding import chat, generation
 from allmem_jax.evaluation import harness_arguments, scoring
 from allmem_jax.model import config as config_lib
+from allmem_jax.model import lm
 
 try:
     import lm_eval.__main__
@@ -314,12 +316,17 @@ class AllMemHarness(TemplateLM):
         answers = self._generate(prompts, most, sampling, [term for term in until if term], seed)
         return [self._text(ids, until) for ids in answers]
 
+    @functools.cached_property
+    def _decoding(self) -> lm.Params:
+        """The parameters for what decodes, made once for all batches."""
+        return lm.unstack(self.params)
+
     def _generate(
         self, prompts: list[list[int]], most: int, sampling: generation.Sampling, until: list[str], seed: int
     ) -> list[list[int]]:
         """Tokens after each prompt; the end that one stopped at is its last token, which may have a text."""
         return generation.answers(
-            self.params,
+            self._decoding,
             self.config,
             prompts,
             batch=self.batch_size,

@@ -178,9 +178,7 @@ class Linear(nn.Module):
     def __call__(self, x: jax.Array, scale: jax.Array | None = None) -> jax.Array:
         """Returns [..., out] in x's dtype, with the kernel's columns times `scale` [out]."""
         kernel: Any
-        if self.has_variable(
-            "kernels", "kernel"
-        ):  # `lm.unstack`: of all layers, and the parameter is this one's number
+        if self.has_variable("kernels", "kernel"):  # as `lm.unstack` made them: the parameter is the layer's number
             kernel = dots.Unstacked(*(self.get_variable(where, "kernel") for where in ("kernels", "params")))
         else:
             kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features))

@@ -90,8 +90,8 @@ class AllMemLM(nn.Module):
         x, after = stack(c, name="layers")(x, (jnp.arange(c.n_layers), local, given), shared)
         x = layers.RMSNorm(c.norm_eps, c.norm_offset, name="final_norm")(x)
         result = x
-        if not return_hidden and (apart := self.variables.get("kernels")):
-            result = functional.logits(x, apart["lm_head"]["kernel"])[..., : c.vocab_size]
+        if not return_hidden and "kernels" in self.variables:
+            result = logits(dict(self.variables), c, x)
         elif not return_hidden:
             result = functional.logits(x, table.T) if c.tie_embeddings else layers.Head(c.vocab_size, name="lm_head")(x)
         if state is None:
@@ -146,9 +146,9 @@ def unstack(params: Params, *, donate: bool = False) -> Params:
       params: of the whole model.
       donate: deletes what it has copied, so that there is room for a large model.
     """
-    flat = flax.traverse_util.flatten_dict(params)
-    if "kernels" in params or not all(map(_on_one_cpu, flat.values())):
+    if "kernels" in params or not all(map(_on_one_cpu, jax.tree.leaves(params))):
         return params
+    flat = flax.traverse_util.flatten_dict(params)
     kernels: dict[Any, Any] = {}
 
     def copied(path: Any, copies: Sequence[jax.Array]) -> None:
