@@ -70,19 +70,22 @@ def test_a_saved_state_answers_again(params):
         assert asked == generation.generate(params, TINY, [book + question], max_tokens=4, piece=5)
 
 
-@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("mixer, tied", [("allmem", True), ("allmem", False), ("mamba2", True), ("delta", True)])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_unstacked_kernels_are_the_same_model(dtype, tied):
+def test_unstacked_kernels_are_the_same_model(dtype, mixer, tied):
     """Kernels of each layer as arrays of their own, and a head in parts: the same logits for few rows and for many."""
-    config = TINY.replace(dtype=dtype, tie_embeddings=tied, vocab_size=2311, d_model=512)  # more than one part
+    sizes = dict(vocab_size=2311, d_model=512)  # more than one part
+    config = TINY.replace(dtype=dtype, mixer=mixer, tie_embeddings=tied, **sizes)
     backbone, memory = lm.split_params(random_params(config))
     backbone = jax.tree.map(lambda leaf: leaf.astype(dtype), backbone)
     params = lm.merge_params(backbone, memory)
     apart = lm.unstack(params)
     assert lm.unstack(apart) is apart and lm.variables(apart) is apart
     if jax.default_backend() == "cpu":
-        kernels = apart["kernels"]["layers"]["mlp"]["up_proj"]["kernel"]
-        assert np.array_equal(jnp.stack(kernels), params["layers"]["mlp"]["up_proj"]["kernel"].swapaxes(1, 2))
+        kernels, mlp = apart["kernels"]["layers"]["mlp"]["gate_proj"]["kernel"], params["layers"]["mlp"]
+        both = jnp.concatenate([mlp["gate_proj"]["kernel"], mlp["up_proj"]["kernel"]], axis=-1)
+        assert np.array_equal(jnp.stack(kernels), both.swapaxes(1, 2))
+        assert "up_proj" not in apart["params"]["layers"]["mlp"]
         assert len(apart["kernels"]["lm_head"]["kernel"]) == (1 if dtype == "float32" else 2)
     apply = jax.jit(lm.AllMemLM(config).apply)
     exact = jax.jit(lm.AllMemLM(config.replace(dtype="float32")).apply)

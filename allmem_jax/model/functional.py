@@ -73,20 +73,19 @@ def gated(gate: jax.Array, up: jax.Array, activation: str) -> jax.Array:
 
 
 def linear(x: jax.Array, kernel: Any, bias: jax.Array | None = None, scale: jax.Array | None = None) -> jax.Array:
-    """(x @ kernel) * scale + bias in x's dtype, accumulated in float32.
+    """`affine` of x @ kernel in x's dtype, accumulated in float32. x [..., in], kernel [in, out].
 
-    Args:
-      x: [..., in]; kernel: [in, out], or `dots.Unstacked`.
-      bias, scale: [out]. Where x has more rows than the kernel, `scale` is taken into the kernel, which costs less.
+    Where x has more rows than the kernel, `scale` is taken into the kernel, which costs less.
     """
-    if isinstance(kernel, dots.Unstacked):
-        y, many = kernel.product(x), False
-    else:
-        many = x.size > kernel.shape[0] * x.shape[-1]
-        y = dots.matmul(x, kernel if scale is None or not many else kernel * scale)
-    if scale is not None and not many:
-        y = y * per_channel(scale, y)
-    return (y if bias is None else y + per_channel(bias, y)).astype(x.dtype)
+    if scale is not None and x.size > kernel.shape[0] * x.shape[-1]:
+        kernel, scale = kernel * scale, None
+    return affine(dots.matmul(x, kernel), bias, scale).astype(x.dtype)
+
+
+def affine(y: jax.Array, bias: jax.Array | None, scale: jax.Array | None) -> jax.Array:
+    """y * scale + bias, of y [..., out] and what is not None of the others [out]."""
+    y = y if scale is None else y * per_channel(scale, y)
+    return y if bias is None else y + per_channel(bias, y)
 
 
 def logits(hidden: jax.Array, head: jax.Array | tuple[jax.Array, ...]) -> jax.Array:

@@ -9,7 +9,7 @@ result.
 
 import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -24,6 +24,7 @@ from pallas_kernels.ttt import decode
 
 Rope = tuple[jax.Array, jax.Array]
 FLOOR = 1e-6  # of the norm of a read-out that is small where little was written, until it is fitted
+GROUPS = ("q", "k", "v"), ("x", "b", "c"), ("gate", "up"), ("o",), ("out",), ("down",), ("z",)  # NAME_proj of one input
 
 
 class Shared(NamedTuple):
@@ -175,15 +176,33 @@ class Linear(nn.Module):
     bias_init: Any = nn.initializers.zeros
 
     @nn.compact
-    def __call__(self, x: jax.Array, scale: jax.Array | None = None) -> jax.Array:
-        """Returns [..., out] in x's dtype, with the kernel's columns times `scale` [out]."""
-        kernel: Any
-        if self.has_variable("kernels", "kernel"):  # as `lm.unstack` made them: the parameter is the layer's number
-            kernel = dots.Unstacked(*(self.get_variable(where, "kernel") for where in ("kernels", "params")))
-        else:
-            kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features))
+    def __call__(self, x: jax.Array, scale: jax.Array | None = None, product: jax.Array | None = None) -> jax.Array:
+        """Returns [..., out] in x's dtype, with the kernel's columns times `scale` [out].
+
+        `product` is x @ kernel, where it is known.
+        """
+        product = self.product(x) if product is None else product
+        kernel = None if product is not None else self.param("kernel", self.kernel_init, (x.shape[-1], self.features))
         bias = self.param("bias", self.bias_init, (self.features,)) if self.use_bias else None
-        return functional.linear(x, kernel, bias, scale)
+        if product is None:
+            return functional.linear(x, kernel, bias, scale)
+        return functional.affine(product, bias, scale).astype(x.dtype)
+
+    def product(self, x: jax.Array) -> jax.Array | None:
+        """x @ kernel, and @ those joined to it, where `lm.unstack` made them: the parameter is the layer's number."""
+        if not self.has_variable("kernels", "kernel"):
+            return None
+        return dots.Unstacked(*(self.get_variable(where, "kernel") for where in ("kernels", "params"))).product(x)
+
+
+def linears(x: jax.Array, each: Sequence[Linear]) -> list[jax.Array]:
+    """x [..., in] through several of one group in `GROUPS`, [..., out] each."""
+    joined = each[0].product(x)
+    if joined is None:
+        return [one(x) for one in each]
+    widths = [one.features for one in each]
+    parts = jnp.split(joined, list(itertools.accumulate(widths))[:-1], axis=-1)
+    return [one(x, product=part) for one, part in zip(each, parts, strict=True)]
 
 
 class Head(nn.Module):
@@ -255,11 +274,9 @@ class Attention(nn.Module):
         c = self.config
         scale = c.head_dim**-0.5 if c.query_scale is None else c.query_scale
 
-        def heads(name: str, count: int) -> jax.Array:
-            projected = Linear(count * c.head_dim, c.qkv_bias, name=f"{name}_proj")(x)
-            return projected.reshape(*x.shape[:2], count, c.head_dim)
-
-        q, k, v = heads("q", c.n_heads), heads("k", c.n_kv_heads), heads("v", c.n_kv_heads)
+        counts = {"q": c.n_heads, "k": c.n_kv_heads, "v": c.n_kv_heads}
+        each = [Linear(count * c.head_dim, c.qkv_bias, name=f"{name}_proj") for name, count in counts.items()]
+        q, k, v = (part.reshape(*x.shape[:2], -1, c.head_dim) for part in linears(x, each))
         if c.qk_norm:
             q = RMSNorm(c.norm_eps, c.norm_offset, name="q_norm")(q)
             k = RMSNorm(c.norm_eps, c.norm_offset, name="k_norm")(k)
@@ -292,7 +309,7 @@ def convolved(
 
     To be called in a module: it owns the parameters NAME_proj and NAME_conv.
     """
-    raw = [Linear(width, name=f"{name}_proj")(x) for name, width in widths.items()]
+    raw = linears(x, [Linear(width, name=f"{name}_proj") for name, width in widths.items()])
     tails: Any = (None,) * len(raw)
     if state is not None:
         tails = jnp.split(state.conv, list(itertools.accumulate(widths.values()))[:-1], axis=-1)
@@ -329,6 +346,5 @@ class Mlp(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """[B, L, d] -> [B, L, d]."""
         c = self.config
-        gate = Linear(c.d_ff, c.mlp_bias, name="gate_proj")(x)
-        up = Linear(c.d_ff, c.mlp_bias, name="up_proj")(x)
+        gate, up = linears(x, [Linear(c.d_ff, c.mlp_bias, name=f"{name}_proj") for name in ("gate", "up")])
         return Linear(c.d_model, c.mlp_bias, name="down_proj")(functional.gated(gate, up, c.activation))

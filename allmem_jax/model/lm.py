@@ -82,6 +82,7 @@ class AllMemLM(nn.Module):
             split_rngs={"params": True},
             in_axes=(0, nn.broadcast),
             length=c.n_layers,
+            check_constancy_invariants=False,  # or the layer is traced twice
         )
         after: Any
         given = past
@@ -138,9 +139,10 @@ def unstack(params: Params, *, donate: bool = False) -> Params:
     """The same parameters for a model that decodes, as `variables` takes them: on a CPU with kernels of their own.
 
     A loop over layers copies, on a CPU, what it takes of stacked kernels, and widens those in bfloat16 before each run:
-    more work than the products of one token. So each layer's kernels become arrays, [out, in] for `dots.turned`, and a
-    head that is not float32 parts that fit a cache. Parameters elsewhere come back as they are, and so do those that
-    were unstacked before.
+    more work than the products of one token. So each layer's large kernels become arrays, [out, in] for `dots.turned`,
+    one for all that multiply the same input (`layers.GROUPS`), under the name of the first; and a head that is not
+    float32 parts that fit a cache. Parameters elsewhere come back as they are, and so do those that were unstacked
+    before.
 
     Args:
       params: of the whole model.
@@ -151,18 +153,22 @@ def unstack(params: Params, *, donate: bool = False) -> Params:
     flat = flax.traverse_util.flatten_dict(params)
     kernels: dict[Any, Any] = {}
 
-    def copied(path: Any, copies: Sequence[jax.Array]) -> None:
-        kernels[path] = tuple(copies)
-        leaf = flat.pop(path)
-        if donate and isinstance(leaf, jax.Array):
-            leaf.delete()
+    def copied(paths: Sequence[Any], copies: Sequence[jax.Array]) -> None:
+        kernels[paths[0]] = tuple(copies)
+        leaves = [flat.pop(path) for path in paths]
+        for leaf in leaves if donate else []:
+            if isinstance(leaf, jax.Array):
+                leaf.delete()
 
-    for path, leaf in list(flat.items()):
-        if path[0] == "layers" and path[-1] == "kernel" and path[-2].endswith("_proj"):  # of `functional.linear`
-            copied(path, [jnp.asarray(one.T) for one in np.asarray(leaf)])
-            flat[path] = jnp.arange(len(leaf))
+    for scope in sorted({path[:-2] for path in flat if path[0] == "layers"}):
+        for group in layers.GROUPS:
+            paths = [(*scope, f"{name}_proj", "kernel") for name in group]
+            if all(path in flat for path in paths):
+                of_layers = zip(*(np.asarray(flat[path]) for path in paths), strict=True)
+                copied(paths, [jnp.asarray(np.concatenate([one.T for one in each])) for each in of_layers])
+                flat[paths[0]] = jnp.arange(len(kernels[paths[0]]))
     if "lm_head" in params:
-        copied(("lm_head", "kernel"), _parts(np.asarray(flat["lm_head", "kernel"]).T))
+        copied([("lm_head", "kernel")], _parts(np.asarray(flat["lm_head", "kernel"]).T))
     else:
         kernels["lm_head", "kernel"] = _parts(flat["embed", "embedding"])
     return {key: flax.traverse_util.unflatten_dict(value) for key, value in (("params", flat), ("kernels", kernels))}
