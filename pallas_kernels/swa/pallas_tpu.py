@@ -39,14 +39,15 @@ def forward(blocks, scale, q, k, v, window, sinks, segment_ids):
     """Returns out [B, L, Hq, D] and what `backward` needs."""
     plan = tpu_visits.make_plan(blocks, q.shape[1], window, sinks, segment_ids)
     queries = _queries(blocks, scale, q, k.shape[2])
-    *outer, dim, columns = queries.shape
+    *outer, dim, length = queries.shape
+    columns = queries.shape[2] * blocks.query
     out, lse = _call(
         _forward_kernel,
         blocks,
         plan,
         plan.by_query,
         [queries, _rows(blocks, k), _rows(blocks, v)],
-        [jax.ShapeDtypeStruct(queries.shape, q.dtype), jax.ShapeDtypeStruct((*outer, 1, columns), jnp.float32)],
+        [jax.ShapeDtypeStruct(queries.shape, q.dtype), jax.ShapeDtypeStruct((*outer, 1, length), jnp.float32)],
         [(dim, columns), (1, columns), (1, columns)],
     )
     out = tpu_columns.from_columns(out, q.shape)
@@ -67,7 +68,8 @@ def backward(blocks, scale, residuals, d_out):
     inputs = [queries, d_outs, lse, delta, keys, values]
     like_queries, like_keys = (jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (queries, keys))
     kernel = functools.partial(_query_gradient_kernel, scale=scale)
-    (d_q,) = _call(kernel, blocks, plan, plan.by_query, inputs, [like_queries], [queries.shape[-2:]])
+    columns = queries.shape[3], queries.shape[2] * blocks.query
+    (d_q,) = _call(kernel, blocks, plan, plan.by_query, inputs, [like_queries], [columns])
     scratch = [(blocks.key, keys.shape[-1])] * 2
     d_k, d_v = _call(_key_gradient_kernel, blocks, plan, plan.by_key, inputs, [like_keys, like_keys], scratch)
     d_k, d_v = (jnp.swapaxes(x, 1, 2)[:, : k.shape[1]] for x in (d_k, d_v))
@@ -82,11 +84,11 @@ def _call(kernel, blocks, plan, visits, inputs, outputs, scratch):
       blocks: static sizes.
       plan: for documents and limits.
       visits: the list to follow; blocks of outputs must be consecutive in it.
-      inputs: arrays [B, Hkv, N, X, R] of queries or [B, Hkv, L, D] of keys.
+      inputs: arrays [B, Hkv, G, X, L] of queries or [B, Hkv, L, D] of keys.
       outputs: shapes like those.
       scratch: shapes of float32 scratch.
     """
-    packed, group = plan.starts.shape[0] > 1, inputs[0].shape[-1] // blocks.query
+    packed, group = plan.starts.shape[0] > 1, inputs[0].shape[2]
 
     def code(b, t, codes):
         return codes[b * blocks.visits + t if packed else t]
@@ -95,14 +97,14 @@ def _call(kernel, blocks, plan, visits, inputs, outputs, scratch):
         return b if packed else 0, tpu_visits.field(code(b, t, codes), "query"), 0, 0
 
     def of_queries(b, h, t, codes, _):
-        return b, h, tpu_visits.field(code(b, t, codes), "query"), 0, 0
+        return b, h, 0, 0, tpu_visits.field(code(b, t, codes), "query")
 
     def of_keys(b, h, t, codes, _):
         return b, h, tpu_visits.field(code(b, t, codes), "key"), 0
 
     def spec(x):
         if len(x.shape) == 5:
-            return pl.BlockSpec((None, None, None, *x.shape[3:]), of_queries)
+            return pl.BlockSpec((None, None, group, x.shape[3], blocks.query), of_queries)
         return pl.BlockSpec((None, None, blocks.key, x.shape[3]), of_keys)
 
     def body(codes, limits, starts, *refs):
@@ -172,7 +174,7 @@ class Tile(NamedTuple):
 
 
 def _forward_kernel(tile, q, k, v, out, lse, accumulator, top, total):
-    """q, out, accumulator [D, R]; k, v [K, D]; lse, top, total [1, R]."""
+    """q, out [G, D, Q]; lse [G, 1, Q]; k, v [K, D]; accumulator [D, R]; top, total [1, R]."""
 
     @tile.when("first")
     def _():
@@ -181,26 +183,27 @@ def _forward_kernel(tile, q, k, v, out, lse, accumulator, top, total):
     @tile.for_each_part
     def _(at, size, mask):
         value = v[pl.ds(at, size), :]
-        scores = dots.tiles("kd,dr->kr", k[pl.ds(at, size), :], q[...])
+        scores = dots.tiles("kd,dr->kr", k[pl.ds(at, size), :], tpu_columns.joined(q))
         tpu_columns.add(scores + mask() if mask else scores, value, accumulator, top, total)
 
     @tile.when("last")
     def _():
-        out[...] = (accumulator[...] / total[...]).astype(out.dtype)
-        lse[...] = top[...] + jnp.log2(total[...])
+        tpu_columns.put(out, accumulator[...] / total[...])
+        tpu_columns.put(lse, top[...] + jnp.log2(total[...]))
 
 
 def _weights(mask, q, d_out, lse, delta, key, value):
     """Returns the softmax weights [S, R] of a part of a tile, and the cotangents of its natural scores."""
-    scores = dots.tiles("kd,dr->kr", key, q[...])
+    q, d_out, lse, delta = map(tpu_columns.joined, (q, d_out, lse, delta))
+    scores = dots.tiles("kd,dr->kr", key, q)
     scores = scores + mask() if mask else scores
-    weights = jnp.exp2(scores - lse[...])
-    d_scores = weights * (dots.tiles("kd,dr->kr", value, d_out[...]) - delta[...])
+    weights = jnp.exp2(scores - lse)
+    d_scores = weights * (dots.tiles("kd,dr->kr", value, d_out) - delta)
     return weights.astype(key.dtype), d_scores.astype(key.dtype)
 
 
 def _query_gradient_kernel(tile, q, d_out, lse, delta, k, v, d_q, accumulator, *, scale):
-    """q, d_out, d_q, accumulator [D, R]; lse, delta [1, R]; k, v [K, D]."""
+    """q, d_out, d_q [G, D, Q]; lse, delta [G, 1, Q]; k, v [K, D]; accumulator [D, R]."""
 
     @tile.when("first")
     def _():
@@ -214,11 +217,11 @@ def _query_gradient_kernel(tile, q, d_out, lse, delta, k, v, d_q, accumulator, *
 
     @tile.when("last")
     def _():
-        d_q[...] = (accumulator[...] * scale).astype(d_q.dtype)
+        tpu_columns.put(d_q, accumulator[...] * scale)
 
 
 def _key_gradient_kernel(tile, q, d_out, lse, delta, k, v, d_k, d_v, k_accumulator, v_accumulator):
-    """q, d_out [D, R]; lse, delta [1, R]; k, v and the rest [K, D]."""
+    """q, d_out [G, D, Q]; lse, delta [G, 1, Q]; k, v and the rest [K, D]."""
 
     @tile.when("first")
     def _():
@@ -229,8 +232,8 @@ def _key_gradient_kernel(tile, q, d_out, lse, delta, k, v, d_k, d_v, k_accumulat
     def _(at, size, mask):
         keys = pl.ds(at, size)
         weights, d_scores = _weights(mask, q, d_out, lse, delta, k[keys, :], v[keys, :])
-        v_accumulator[keys, :] += dots.tiles("kr,dr->kd", weights, d_out[...])
-        k_accumulator[keys, :] += dots.tiles("kr,dr->kd", d_scores, q[...])
+        v_accumulator[keys, :] += dots.tiles("kr,dr->kd", weights, tpu_columns.joined(d_out))
+        k_accumulator[keys, :] += dots.tiles("kr,dr->kd", d_scores, tpu_columns.joined(q))
 
     @tile.when("last")
     def _():
@@ -240,11 +243,11 @@ def _key_gradient_kernel(tile, q, d_out, lse, delta, k, v, d_k, d_v, k_accumulat
 
 
 def _queries(blocks, scale, q, heads):
-    return tpu_columns.queries(q, scale, heads, blocks.query, max(blocks.query, blocks.key))
+    return tpu_columns.queries(q, scale, heads, max(blocks.query, blocks.key))
 
 
 def _columns(blocks, x, heads):
-    return tpu_columns.columns(x, heads, blocks.query, max(blocks.query, blocks.key))
+    return tpu_columns.columns(x, heads, max(blocks.query, blocks.key))
 
 
 def _rows(blocks, x):

@@ -30,14 +30,14 @@ def attend(sink_slots, scale, q, k, v, keys, values, position, lengths, window, 
     group = heads // kv_heads
     size, new_size = min(KEYS, -(-count // 8) * 8), min(KEYS, -(-length // 8) * 8)
     tokens = min(max(COLUMNS // group // 128 * 128, 128), -(-length // 128) * 128)
-    queries = tpu_columns.queries(q, scale, kv_heads, tokens, tokens)
+    queries = tpu_columns.queries(q, scale, kv_heads, tokens)
     cached = [jnp.swapaxes(x, 1, 2) for x in (keys, values)]
     new = [jnp.pad(jnp.swapaxes(x, 1, 2), [(0, 0), (0, 0), (0, -length % new_size), (0, 0)]) for x in (k, v)]
     blocks = ring.blocks_in_sight(size, sink_slots, count, position, window, sinks)
     most = blocks.shape[1]
 
     def of_queries(b, h, n, t, *_):
-        return b, h, n, 0, 0
+        return b, h, 0, 0, n
 
     def of_cache(b, h, n, t, blocks, *_):
         return b, h, blocks[b, jnp.minimum(t, most - 1)], 0
@@ -45,12 +45,12 @@ def attend(sink_slots, scale, q, k, v, keys, values, position, lengths, window, 
     def of_new(b, h, n, t, *_):
         return b, h, jnp.maximum(t - most, 0), 0
 
-    column = pl.BlockSpec((None, None, None, dim, group * tokens), of_queries)
+    column = pl.BlockSpec((None, None, group, dim, tokens), of_queries)
     out = pl.pallas_call(
-        functools.partial(_kernel, sink_slots, count, most, group),
+        functools.partial(_kernel, sink_slots, count, most),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=5,
-            grid=(*queries.shape[:3], most + new[0].shape[2] // new_size),
+            grid=(batch, kv_heads, queries.shape[4] // tokens, most + new[0].shape[2] // new_size),
             in_specs=[
                 column,
                 *[pl.BlockSpec((None, None, size, dim), of_cache)] * 2,
@@ -72,7 +72,6 @@ def _kernel(
     sink_slots,
     count,
     most,
-    group,
     blocks,
     position,
     lengths,
@@ -86,9 +85,9 @@ def _kernel(
     out,
     *scratch,
 ):
-    """q, out [D, R]; keys, values [K, D]; new_keys, new_values [K', D]."""
+    """q, out [G, D, Q]; keys, values [K, D]; new_keys, new_values [K', D]."""
     b, n, t = pl.program_id(0), pl.program_id(2), pl.program_id(3)
-    tokens = q.shape[1] // group
+    group, _, tokens = q.shape
     here, limits = position[b], (window[0], sinks[0])
     query = here + n * tokens + jax.lax.broadcasted_iota(jnp.int32, (1, tokens), 1)
     accumulator, top, total = scratch
@@ -105,7 +104,7 @@ def _kernel(
         key, value = keys[...], values[...]
         if count % size:  # beyond the cache lies anything, also what is no number
             key, value = (jnp.where(slot < count, x.astype(jnp.float32), 0).astype(x.dtype) for x in (key, value))
-        scores = dots.tiles("kd,dr->kr", key, q[...]) + _hidden(token, query, *limits, group)
+        scores = dots.tiles("kd,dr->kr", key, tpu_columns.joined(q)) + _hidden(token, query, *limits, group)
         tpu_columns.add(scores, value, accumulator, top, total)
 
     @pl.when(t >= most)
@@ -113,12 +112,12 @@ def _kernel(
         size = new_keys.shape[0]
         new = (t - most) * size + jax.lax.broadcasted_iota(jnp.int32, (size, 1), 0)
         token = jnp.where(new < lengths[b], here + new, -1)
-        scores = dots.tiles("kd,dr->kr", new_keys[...], q[...]) + _hidden(token, query, *limits, group)
+        scores = dots.tiles("kd,dr->kr", new_keys[...], tpu_columns.joined(q)) + _hidden(token, query, *limits, group)
         tpu_columns.add(scores, new_values[...], accumulator, top, total)
 
     @pl.when(t == pl.num_programs(3) - 1)
     def _():
-        out[...] = (accumulator[...] / total[...]).astype(out.dtype)
+        tpu_columns.put(out, accumulator[...] / total[...])
 
 
 def _hidden(token, query, window, sinks, group):

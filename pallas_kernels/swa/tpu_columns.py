@@ -1,11 +1,14 @@
 """Queries in columns: how the TPU kernels of many tokens lay them out, and their online softmax.
 
-Axes: B batch, L tokens, Hkv key heads, G query heads per key head, D head dim, K keys, Q tokens of a query block, N
-number of query blocks, R = G * Q columns of a query block.
+Axes: B batch, L tokens, Hkv key heads, G query heads per key head, D head dim, K keys, Q tokens of a query block, R =
+G * Q columns of a query block.
 
 Tiles are transposed, keys in rows and queries in columns: maxima and sums over keys are then plain vector operations,
 and what belongs to a query (maximum, sum, logsumexp, document) is one dense row. Scores are in base 2: queries come
 multiplied by scale * log2(e).
+
+In HBM every head's queries are [D, L], in which the compiler also keeps what comes before and after (projections,
+norms, rotations); a block of them is [G, D, Q], whose heads a kernel puts side by side.
 """
 
 import math
@@ -18,28 +21,34 @@ MASKED = -1e30
 COLUMNS = 256  # at a time, so that one part's weights overlap with another's output
 
 
-def queries(q, scale, heads, tokens, multiple):
-    """[B, L, Hq, D] -> [B, Hkv, N, D, R], multiplied so that scores are in base 2; see `columns`."""
-    return columns((q.astype(jnp.float32) * (scale * math.log2(math.e))).astype(q.dtype), heads, tokens, multiple)
+def queries(q, scale, heads, multiple):
+    """[B, L, Hq, D] -> [B, Hkv, G, D, L], multiplied so that scores are in base 2; see `columns`."""
+    return columns((q.astype(jnp.float32) * (scale * math.log2(math.e))).astype(q.dtype), heads, multiple)
 
 
-def columns(x, heads, tokens, multiple):
-    """[B, L, Hq, X] -> [B, Hkv, N, X, R], columns in the order (G, Q).
-
-    L is filled with zeros to a multiple of `multiple`, itself one of the Q `tokens` of a block.
-    """
+def columns(x, heads, multiple):
+    """[B, L, Hq, X] -> [B, Hkv, G, X, L], L filled with zeros to a multiple of `multiple`."""
     batch, length, query_heads, dim = x.shape
-    x = jnp.pad(x, [(0, 0), (0, -length % multiple), (0, 0), (0, 0)])
-    x = x.reshape(batch, -1, tokens, heads, query_heads // heads, dim)
-    return x.transpose(0, 3, 1, 5, 4, 2).reshape(batch, heads, x.shape[1], dim, -1)
+    x = jnp.pad(x.transpose(0, 2, 3, 1), [(0, 0), (0, 0), (0, 0), (0, -length % multiple)])
+    return x.reshape(batch, heads, query_heads // heads, dim, -1)
 
 
 def from_columns(x, shape):
-    """[B, Hkv, N, D, R] -> [B, L, Hq, D] of `shape`."""
+    """[B, Hkv, G, D, L] -> [B, L, Hq, D] of `shape`."""
     batch, length, query_heads, dim = shape
-    _, heads, count = x.shape[:3]
-    x = x.reshape(batch, heads, count, dim, query_heads // heads, -1).transpose(0, 2, 5, 1, 4, 3)
-    return x.reshape(batch, -1, query_heads, dim)[:, :length]
+    return x.reshape(batch, query_heads, dim, -1)[..., :length].transpose(0, 3, 1, 2)
+
+
+def joined(block):
+    """A block's ref [G, X, Q] -> [X, R], columns in the order (G, Q)."""
+    return jnp.concatenate([block[g] for g in range(block.shape[0])], axis=1)
+
+
+def put(block, x):
+    """Writes [X, R] to a block's ref [G, X, Q]."""
+    tokens = block.shape[2]
+    for g in range(block.shape[0]):
+        block[g] = x[:, g * tokens : (g + 1) * tokens].astype(block.dtype)
 
 
 def clear(accumulator, top, total):
