@@ -55,8 +55,8 @@ def distill_losses(
 def _distill_by_blocks(
     block: int, student: jax.Array, teacher: jax.Array, head: jax.Array, targets: jax.Array, known: jax.Array
 ) -> Any:
-    def losses(student, teacher, *rest):
-        return _compare(_log_probs(student, head), _log_probs(teacher, head), *rest)
+    def losses(student, teacher, target, known):
+        return _compare(student, teacher, head, target, known)[0]
 
     return _by_blocks(losses, block, student, teacher, targets, known)
 
@@ -72,11 +72,11 @@ def _distill_forward(block: int, *inputs: Any) -> tuple[Any, Any]:
         return _distill_by_blocks(block, *args), (args, None)
 
     def losses(student, teacher, target, known):
-        log_q, log_p = _log_probs(jnp.stack([student, teacher]), kernel)  # one product for both
+        found, log_q, log_p = _compare(student, teacher, kernel, target, known)
         sure = jax.nn.one_hot(target, kernel.shape[1], dtype=log_p.dtype)
         slope = jnp.exp(log_q) - jnp.where(known[..., None], sure, jnp.exp(log_p))  # of the divergence in the logits
         gradient = dots.einsum("bcv,dv->bcd", slope.astype(student.dtype), kernel)
-        return *_compare(log_q, log_p, target, known), gradient.astype(student.dtype)
+        return *found, gradient.astype(student.dtype)
 
     *found, gradient = _by_blocks(losses, block, student, teacher, targets, known)
     return tuple(found), (args, gradient)
@@ -104,24 +104,23 @@ _distill.defvjp(_distill_forward, _distill_backward, symbolic_zeros=True)
 
 
 def _compare(
-    log_q: jax.Array, log_p: jax.Array, target: jax.Array, known: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The three losses [B, C] of log-probabilities [B, C, V], the teacher's being constants."""
-    log_p, ce = jax.lax.stop_gradient(log_p), _surprise(log_q, target)
+    student: jax.Array, teacher: jax.Array, head: jax.Array, target: jax.Array, known: jax.Array
+) -> tuple[tuple[jax.Array, jax.Array, jax.Array], jax.Array, jax.Array]:
+    """The three losses [B, C], and log-probabilities [B, C, V] of student and teacher, the teacher's being constants.
+
+    Two products and not one of both: the compiler would write the log-probabilities to part them.
+    """
+    log_q, ce = _log_probs(student, head, target)
+    log_p, teacher_ce = map(jax.lax.stop_gradient, _log_probs(teacher, head, target))
     kl = jnp.where(known, ce, jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1))
-    return kl, ce, _surprise(log_p, target)
+    return (kl, ce, teacher_ce), log_q, log_p
 
 
 def cross_entropy(hidden: jax.Array, head: jax.Array, targets: jax.Array, *, block: int = 512) -> jax.Array:
     """Cross-entropy at every position, float32 [B, L] in nats; arguments as for `distill_losses`."""
     if hidden.shape[:2] != targets.shape:
         raise ValueError(f"hidden {hidden.shape} and targets {targets.shape} must be [B, L, d] and [B, L]")
-    return _by_blocks(lambda x, target: (_surprise(_log_probs(x, head), target),), block, hidden, targets)[0]
-
-
-def _surprise(log_probs: jax.Array, target: jax.Array) -> jax.Array:
-    """[B, C, V], int32 [B, C] -> [B, C]."""
-    return -jnp.take_along_axis(log_probs, target[..., None], axis=-1)[..., 0]
+    return _by_blocks(lambda x, target: (_log_probs(x, head, target)[1],), block, hidden, targets)[0]
 
 
 def _by_blocks(losses: Callable[..., tuple[jax.Array, ...]], block: int, *arrays: jax.Array) -> tuple[jax.Array, ...]:
@@ -140,8 +139,16 @@ def _by_blocks(losses: Callable[..., tuple[jax.Array, ...]], block: int, *arrays
     return tuple(jnp.moveaxis(x, 0, 2).reshape(batch, -1, *x.shape[3:])[:, :length] for x in found)
 
 
-def _log_probs(hidden: jax.Array, head: jax.Array) -> jax.Array:
-    return jax.nn.log_softmax(functional.logits(hidden, head), axis=-1)
+def _log_probs(hidden: jax.Array, head: jax.Array, target: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Log-probabilities [B, C, V], and how surprising int32 [B, C] are.
+
+    The first are one subtraction, which the compiler takes again where it needs it. Targets are looked up in what it
+    has written: the logits.
+    """
+    logits = functional.logits(hidden, head)
+    total = jax.nn.logsumexp(logits, axis=-1)
+    found = jnp.take_along_axis(logits, target[..., None], axis=-1)[..., 0]
+    return logits - total[..., None], total - found
 
 
 def _to_blocks(x: jax.Array, size: int) -> jax.Array:
