@@ -1,9 +1,11 @@
 """Object stores, as fsspec's store in memory stands for one: what is read, what is written, and what is refused."""
 
 import dataclasses
+import json
 import os
 import pathlib
 import re
+import time
 
 import fsspec
 import jax
@@ -119,6 +121,14 @@ def test_spooled_files_grow_and_are_there_after_a_failure(tmp_path, url):
         (folder / "deep/events").write_text("3")
         raise RuntimeError
     assert stores.names(url) == ["deep/events", "large", "log"] and not left(tmp_path)
+    with stores.spooled(url, every=0.01) as (folder, _):
+        (folder / ".log.partial").write_text("one")
+        (folder / "log").write_text("three")
+        deadline = time.monotonic() + 10
+        while stores.read(f"{url}/log") != b"three" and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert stores.read(f"{url}/log") == b"three"
+    assert stores.names(url) == ["deep/events", "large", "log"]
     with stores.spooled(tmp_path / "plain") as (folder, upload):
         upload()
         assert folder == tmp_path / "plain" and not folder.exists()
@@ -223,6 +233,26 @@ def test_models_go_to_a_store_and_come_back(folder, url, capsys):
         allmem_jax.save_pretrained(f"{url}/converted", config, params)
 
 
+def test_results_go_to_a_store_and_are_gone_on_from(folder, url, tmp_path, capsys):
+    """A command that measures writes below a URL, reads there what an earlier one left, and shows the URL."""
+    (tmp_path / "sea.txt").write_text(TEXT * 20)
+    assert cli.main(["convert", str(folder), f"{url}/model", "--window", "16", "--sinks", "2", "--chunk", "8"]) == 0
+    asked = ["recall", f"{url}/model", str(tmp_path / "sea.txt"), "--tasks", "needle", "--lengths", "160"]
+    asked += ["--samples", "2", "--out", f"{url}/recall"]
+
+    def parts():
+        return {name: info for name, info in stores.listed(f"{url}/recall").items() if name.startswith("parts/")}
+
+    assert cli.main(asked) == 0
+    assert f"{url}/recall" in json.loads(stores.read(f"{url}/recall/recall.json"))["command"]
+    written = parts()
+    assert written and cli.main(asked) == 0 and parts() == written  # not even written again
+    page = ["evaluate", f"{url}/model", str(tmp_path / "sea.txt"), "--length", "32", "--out", f"{url}/page"]
+    assert cli.main(page) == 0
+    assert f"report: {url}/page/index.html" in capsys.readouterr().out
+    assert {"index.html", "report.json"} <= set(stores.names(f"{url}/page"))
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -231,7 +261,7 @@ def test_models_go_to_a_store_and_come_back(folder, url, capsys):
         (["convert", "MODEL", "/proc/x"], "/proc cannot be written"),
         (["info", "memory://b/none"], "memory://b/none: no such file or folder"),
         (["evaluate", "MODEL", "memory://b/none"], "memory://b/none: no such file or folder"),
-        (["evaluate", "MODEL", "--out", "gs://b/out"], "must be a local path"),
+        (["evaluate", "MODEL", "--out", "ggs://b/out"], "ggs:// is no store"),
     ],
 )
 def test_commands_refuse_paths_by_one_line(folder, tmp_path, monkeypatch, capsys, arguments, message):

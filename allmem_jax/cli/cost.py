@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import pathlib
 from typing import Annotated
 
 import tyro
@@ -17,7 +17,7 @@ def cost(
     models: Models = ("qwen3-0.6b", "qwen3-1.7b"),
     context: int = 131072,
     windows: tuple[int, ...] = (4096, 8192),
-    out: pathlib.Path | None = None,
+    out: options.Out | None = None,
     measure: bool = False,
 ) -> None:
     """Compare full attention, windows and the memories: operations of a token and bytes of state. Loads no weights.
@@ -31,7 +31,7 @@ def cost(
         models: Folders, .gguf files, or names of presets.
         context: Tokens seen when the token of the table is decoded.
         windows: Tokens that attention sees, in the mixers that have a window; the first is plotted.
-        out: Folder to write the figures to, as JSON.
+        out: Folder to write the figures to, as JSON; or its URL.
         measure: Measure times as well; takes a few minutes.
     """
     from allmem_jax.checkpoints import load
@@ -41,15 +41,14 @@ def cost(
 
     if not models or not windows:
         raise ValueError("models or windows is empty: give at least one folder, .gguf file or preset, and one window")
-    if out is not None:
-        options.check_folder(out)
-    command = sections.command("cost", *models, context=context, windows=windows, out=out, measure=measure)
-    configs = {name: load.read_config(name).replace(dtype="bfloat16") for name in models}
-    made = [cost_lib.section(configs, windows=windows, context=context)]
-    if measure:
-        name, config = next(iter(configs.items()))
-        made.append(latency.section(latency.small(config), name))
-    for section in made:
-        terminal.print_section(section)
-        if out is not None:
-            sections.save(out / f"{section.name}.json", dataclasses.replace(section, command=command))
+    with contextlib.nullcontext() if out is None else options.results(out) as folder:
+        command = sections.command("cost", *models, context=context, windows=windows, out=out, measure=measure)
+        configs = {name: load.read_config(name).replace(dtype="bfloat16") for name in models}
+        made = [cost_lib.section(configs, windows=windows, context=context)]
+        if measure:
+            name, config = next(iter(configs.items()))
+            made.append(latency.section(latency.small(config), name))
+        for section in made:
+            terminal.print_section(section)
+            if folder is not None:
+                sections.save(folder / f"{section.name}.json", dataclasses.replace(section, command=command))

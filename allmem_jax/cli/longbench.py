@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import pathlib
 from typing import Annotated, Any, Literal
 
 import tyro
@@ -25,7 +24,7 @@ def longbench(
     max_length: int = 131072,
     chat: Literal["published", "always", "never"] = "published",
     batch: int = 1,
-    out: pathlib.Path = pathlib.Path("out/longbench"),
+    out: options.Out = "out/longbench",
 ) -> None:
     """Score a model on local files of LongBench, InfiniteBench or LV-Eval, with their prompts and metrics.
 
@@ -43,26 +42,26 @@ def longbench(
         max_length: Tokens of a prompt; longer ones lose their middle.
         chat: When prompts go into the model's chat template: for the tasks that publish so, always, or never.
         batch: Prompts run together.
-        out: Folder for the predictions and SUITE.json, a section of a report.
+        out: Folder for the predictions and SUITE.json, a section of a report; or its URL.
     """
     from allmem_jax.evaluation import longbench as longbench_lib
     from allmem_jax.evaluation import longbench_data
     from allmem_jax.model import config as config_lib
     from allmem_jax.reporting import sections
 
-    options.check_folder(out)
-    plan = longbench_data.prepare(data, longbench_data.Settings(suite, tasks, limit, max_length, chat, batch))
-    for line in plan.skipped:
-        terminal.say(f"left out: {line}")
-    memory: Any = next((name for name in mixers if name in config_lib.MEMORY_MIXERS), mixing.mixer)
-    config, params, tokenizer = options.load_model(model, dataclasses.replace(mixing, mixer=memory))
-    mixers = mixers or (config.mixer,)
-    options.check_window(mixing, mixers)
-    variants = longbench_lib.variants(config, params, mixers)
-    progress = terminal.progress(sum(plan.counts) * len(variants), "answering")
-    results = longbench_lib.run(plan, params, tokenizer, variants, out, lambda: progress(1))
-    section = longbench_lib.section(
-        results, longbench_lib.command(str(model), plan, config, mixers, out, memory=mixing.memory)
-    )
-    sections.save(out / f"{suite}.json", section)
+    with options.results(out) as folder:
+        plan = longbench_data.prepare(data, longbench_data.Settings(suite, tasks, limit, max_length, chat, batch))
+        for line in plan.skipped:
+            terminal.say(f"left out: {line}")
+        memory: Any = next((name for name in mixers if name in config_lib.MEMORY_MIXERS), mixing.mixer)
+        config, params, tokenizer = options.load_model(model, dataclasses.replace(mixing, mixer=memory))
+        mixers = mixers or (config.mixer,)
+        options.check_window(mixing, mixers)
+        variants = longbench_lib.variants(config, params, mixers)
+        progress = terminal.progress(sum(plan.counts) * len(variants), "answering")
+        results = longbench_lib.run(plan, params, tokenizer, variants, folder, lambda: progress(1))
+        section = longbench_lib.section(
+            results, longbench_lib.command(str(model), plan, config, mixers, out, memory=mixing.memory)
+        )
+        sections.save(folder / f"{suite}.json", section)
     terminal.print_section(section)

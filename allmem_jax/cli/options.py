@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import pathlib
-from collections.abc import Sequence
+import signal
+import sys
+from collections.abc import Iterator, Sequence
 from typing import Annotated, Any, Literal
 
 import tyro
@@ -43,6 +46,7 @@ Model = Annotated[
         "URL (hf://OWNER/NAME of the Hugging Face Hub, gs://, s3://).",
     ),
 ]
+Out = Annotated[str, tyro.conf.arg(metavar="FOLDER")]
 Texts = Annotated[
     tuple[ReadPath, ...],
     tyro.conf.Positional,
@@ -149,11 +153,23 @@ def check_window(mixing: Mixing, mixers: Sequence[str]) -> None:
         )
 
 
-def check_folder(out: pathlib.Path) -> None:
-    """Refuses a folder that cannot be written to, before anything is measured for it."""
+@contextlib.contextmanager
+def results(out: str) -> Iterator[pathlib.Path]:
+    """The folder to write to: OUT, or of a URL a copy of what is there, which goes back every minute and at the end.
+
+    Also where the command fails or is told to end (SIGTERM), so that it goes on from there, on any machine. What cannot
+    be written to is refused before anything is measured for it.
+    """
     from allmem_jax.storage import stores
 
-    stores.check_writable(stores.local_only(out, "out"))
+    stores.check_writable(out)
+    take = stores.names(out) if stores.is_url(out) else ()
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        with stores.spooled(out, take, every=60) as (folder, _):
+            yield folder
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def answering(writing: Writing) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import pathlib
+from typing import Any
 
 from allmem_jax.cli import options, terminal
 
@@ -20,7 +20,7 @@ def recall(
     chat: bool = False,
     seed: int = 0,
     batch: int = 8,
-    out: pathlib.Path = pathlib.Path("out/recall"),
+    out: options.Out = "out/recall",
 ) -> None:
     """Ask a converted model, beside its original, for what it read beyond its window, and within.
 
@@ -40,33 +40,32 @@ def recall(
         chat: Ask through the model's chat template; otherwise as a text that the answer continues.
         seed: Of the examples.
         batch: Prompts run together.
-        out: Folder for the answers and recall.json, a section of a report.
+        out: Folder for the answers and recall.json, a section of a report; or its URL.
     """
     from allmem_jax.evaluation import divergence_report, recall_report
     from allmem_jax.evaluation import questions as questions_lib
     from allmem_jax.evaluation import recall as recall_lib
     from allmem_jax.reporting import sections
 
-    options.check_folder(out)
-    asked = questions_lib.read_questions(questions) if questions else []
-    named = divergence_report.read_texts(texts)
-    config, params, tokenizer = options.load_model(model, mixing)
-    backbone, variants = recall_lib.variants(config, params)
-    settings = recall_lib.defaults(config, bool(asked))
-    tasks = (*tasks, *(f"pairs_{count}" for count in pairs)) or settings.tasks
-    settings = dataclasses.replace(
-        settings, tasks=tasks, lengths=lengths or settings.lengths, samples=samples, chat=chat, seed=seed, batch=batch
-    )
-    section = recall_report.section(
-        settings,
-        backbone,
-        tokenizer,
-        named,
-        variants,
-        questions=asked,
-        parts=out / "parts",
-        source=options.fingerprint(model, mixing),
-        command=recall_lib.command(model, texts, questions, settings, config, out, memory=mixing.memory),
-    )
-    sections.save(out / f"{section.name}.json", section)
+    with options.results(out) as folder:
+        asked = questions_lib.read_questions(questions) if questions else []
+        named = divergence_report.read_texts(texts)
+        config, params, tokenizer = options.load_model(model, mixing)
+        backbone, variants = recall_lib.variants(config, params)
+        settings = recall_lib.defaults(config, bool(asked))
+        tasks = (*tasks, *(f"pairs_{count}" for count in pairs)) or settings.tasks
+        asking: Any = dict(tasks=tasks, lengths=lengths or settings.lengths, samples=samples, chat=chat, seed=seed)
+        settings = dataclasses.replace(settings, **asking, batch=batch)
+        section = recall_report.section(
+            settings,
+            backbone,
+            tokenizer,
+            named,
+            variants,
+            questions=asked,
+            parts=folder / "parts",
+            source=options.fingerprint(model, mixing),
+            command=recall_lib.command(model, texts, questions, settings, config, out, memory=mixing.memory),
+        )
+        sections.save(folder / f"{section.name}.json", section)
     terminal.print_section(section)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pathlib
 from typing import Literal
 
 from allmem_jax.cli import options
@@ -13,7 +12,7 @@ Part = Literal["distance", "answers", "cost", "latency"]
 def report(
     model: options.Model,
     texts: options.Texts = (),
-    out: pathlib.Path = pathlib.Path("out/report"),
+    out: options.Out = "out/report",
     length: int | None = None,
     sequences: int = 2,
     prompt_length: int | None = None,
@@ -33,7 +32,7 @@ def report(
     Example: allmem report smollm2-allmem moby_dick.txt --out out/report
 
     Args:
-        out: Folder to write report.json and index.html to.
+        out: Folder to write report.json and index.html to, or its URL.
         length: Tokens of a sequence; default: 2048, or two windows if that is more.
         sequences: Sequences from each text that are compared with the original.
         prompt_length: Tokens of a prompt that hides something; default: 512, or four windows if that is more.
@@ -45,11 +44,13 @@ def report(
         include: Section files that other programs wrote, to show as they are.
     """
     from allmem_jax.evaluation import full_report
+    from allmem_jax.storage import stores
 
-    options.check_folder(out)
-    settings = full_report.Settings(
-        model, texts, out, length, sequences, prompt_length, samples, questions, longbench, suite, skip, include, dtype
-    )
-    page, failed = full_report.run(settings, lambda: options.load_model(model, options.Mixing(dtype=dtype)))
-    print(f"report: {page}")
+    with options.results(out) as folder:
+        sizes = length, sequences, prompt_length, samples
+        settings = full_report.Settings(
+            model, texts, folder, *sizes, questions, longbench, suite, skip, include, dtype, shown=out
+        )
+        page, failed = full_report.run(settings, lambda: options.load_model(model, options.Mixing(dtype=dtype)))
+    print(f"report: {stores.join(out, page.name)}")
     return 1 if failed else 0

@@ -52,6 +52,7 @@ class Settings:
       skip: names out of `PARTS`.
       include: section files that other commands wrote.
       dtype: of weights and activations.
+      shown: what the page calls the folder, where it is a copy of what a URL holds.
     """
 
     model: pathlib.Path
@@ -67,6 +68,7 @@ class Settings:
     skip: tuple[str, ...] = ()
     include: tuple[pathlib.Path, ...] = ()
     dtype: str = "float32"
+    shown: str = ""
 
     def __post_init__(self):
         for name in ("length", "sequences", "prompt_length", "samples"):
@@ -273,6 +275,7 @@ def summary(
 ) -> sections.Section:
     """The model, the machine, and what each section found."""
     given = dict(vars(settings))
+    given["out"] = given.pop("shown") or given["out"]
     command = sections.command("report", given.pop("model"), *given.pop("texts"), **given)
     groups = cost.parameter_groups(config)
     total, added = sum(groups.values()), groups["memory"]

@@ -274,7 +274,7 @@ def command(
     plan: longbench_data.Plan,
     config: config_lib.ModelConfig,
     mixers: Sequence[str],
-    out: pathlib.Path | None = None,
+    out: str | os.PathLike[str] | None = None,
     memory: str | None = None,
 ) -> str:
     """What a user types to get a run's figures again, into `out` where that is given."""

@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import os
 import pathlib
 import re
 import sys
@@ -106,7 +107,7 @@ def command(
     questions: pathlib.Path | None,
     settings: Settings,
     config: config_lib.ModelConfig,
-    out: pathlib.Path | None = None,
+    out: str | os.PathLike[str] | None = None,
     memory: str | None = None,
 ) -> str:
     """What a user types to get a section again, into `out` where that is given, whatever the defaults become."""

@@ -17,6 +17,7 @@ import platform
 import re
 import shutil
 import tempfile
+import threading
 import uuid
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -170,7 +171,9 @@ def replace(folder: pathlib.Path, url: AnyPath, last: str) -> None:
 
 
 @contextlib.contextmanager
-def spooled(path: AnyPath, take: Iterable[str] = ()) -> Iterator[tuple[pathlib.Path, Callable[[], None]]]:
+def spooled(
+    path: AnyPath, take: Iterable[str] = (), every: float | None = None
+) -> Iterator[tuple[pathlib.Path, Callable[[], None]]]:
     """A folder for files that grow, which stores do not have, and a function that copies what is new to the URL.
 
     That is also done at the end. Of a local path it is the path itself, and the function does nothing.
@@ -178,6 +181,7 @@ def spooled(path: AnyPath, take: Iterable[str] = ()) -> Iterator[tuple[pathlib.P
     Args:
       path: the folder, which need not exist.
       take: files that are to be there from the start, where the URL has them.
+      every: seconds after which it is done again and again; None leaves it to the caller.
     """
     if not is_url(path):
         yield pathlib.Path(path), lambda: None
@@ -194,9 +198,22 @@ def spooled(path: AnyPath, take: Iterable[str] = ()) -> Iterator[tuple[pathlib.P
                     put(folder, [name], path)
                     copied[name] = stamp
 
+        done = threading.Event()
+
+        def keep_up() -> None:
+            while not done.wait(every):
+                with contextlib.suppress(OSError):  # the next time, or the last, which says so
+                    upload()
+
+        beside = threading.Thread(target=keep_up, daemon=True)
+        if every is not None:
+            beside.start()
         try:
             yield folder, upload
         finally:
+            done.set()
+            if every is not None:
+                beside.join()
             upload()
 
 
@@ -300,9 +317,14 @@ def _at(root: str, name: str) -> str:
 
 
 def _stamps(folder: pathlib.Path) -> dict[str, tuple[int, int]]:
-    """Size and time of each file in a folder."""
-    stats = {name: (folder / name).stat() for name in names(folder)}
-    return {name: (stat.st_size, stat.st_mtime_ns) for name, stat in stats.items()}
+    """Size and time of each file in a folder that is not being written in one step (`files.write`)."""
+    found = {}
+    for name in names(folder):
+        with contextlib.suppress(FileNotFoundError):  # took another's place meanwhile
+            stat = (folder / name).stat()
+            if not name.endswith(".partial"):
+                found[name] = stat.st_size, stat.st_mtime_ns
+    return found
 
 
 @contextlib.contextmanager

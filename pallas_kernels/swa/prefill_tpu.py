@@ -87,7 +87,7 @@ def _kernel(
 ):
     """q, out [G, D, Q]; keys, values [K, D]; new_keys, new_values [K', D]."""
     b, n, t = pl.program_id(0), pl.program_id(2), pl.program_id(3)
-    group, _, tokens = q.shape
+    group, tokens = q.shape[0], q.shape[2]
     here, limits = position[b], (window[0], sinks[0])
     query = here + n * tokens + jax.lax.broadcasted_iota(jnp.int32, (1, tokens), 1)
     accumulator, top, total = scratch
