@@ -13,7 +13,7 @@ from allmem_jax.evaluation import cost
 from allmem_jax.model import config as config_lib
 from allmem_jax.model import sharding
 from train import finetune
-from train.loop import flops, plan
+from train.loop import estimate, flops, plan
 from train.recipe import FinetuneConfig
 
 VOCABULARY, POSITIONS = 251, 128  # a number of tokens that no other axis has
@@ -82,6 +82,56 @@ def test_the_page(recipe, found):
     assert "DOES NOT FIT" in full and "more context splits a row's tokens" in full and "--loss_block" not in full
     refused = found._replace(peak=None, refused="RESOURCE_EXHAUSTED: too much")
     assert "the compiler refused" in plan.describe(recipe, planned(recipe), refused, "h100", mesh, 0.5)
+
+
+# As XLA prints programs for TPUs, without shapes: a loop of 28 layers, a kernel in it, a fusion that only what it fuses
+# names, and a conditional.
+HLO = """HloModule jit_step, is_scheduled=true
+
+%fused_computation.1 (param_0.1: bf16[8]) -> bf16[8] {
+  ROOT %multiply.1 = bf16[8] multiply(%a, %b), metadata={op_name="jit(step)/while/body/layers/memory/q_norm/mul"}
+}
+
+%body.1_spmd (param.1: (s32[], bf16[8])) -> (s32[], bf16[8]) {
+  %fusion.1 = bf16[8] fusion(%x), metadata={op_name="mlp/up_proj/dot_general"}, backend_config={"estimated_cycles":"70"}
+  %fusion.2 = bf16[8] fusion(%x), kind=kLoop, calls=%fused_computation.1, backend_config={"estimated_cycles":"5"}
+  %swa_forward_kernel.3 = bf16[8] custom-call(%x), custom_call_target="tpu_custom_call"
+}
+
+%condition.1 (param.2: (s32[], bf16[8])) -> pred[] {
+  %constant.1 = s32[] constant(28)
+  ROOT %compare.1 = pred[] compare(%i, %constant.1), direction=LT
+}
+
+%again (param.3: f32[8]) -> f32[8] {
+  %copy.1 = f32[8] copy(%param.3), metadata={op_name="jit(step)/loss/sub"}, backend_config={"estimated_cycles":"900"}
+}
+
+%kept (param.4: f32[8]) -> f32[8] {
+  %copy.2 = f32[8] copy(%param.4), metadata={op_name="jit(step)/loss/mul"}, backend_config={"estimated_cycles":"9"}
+}
+
+ENTRY %main.1_spmd (param: bf16[8]) -> bf16[8] {
+  %while.1 = (s32[], bf16[8]) while(%tuple.1), condition=%condition.1, body=%body.1_spmd
+  %conditional.1 = f32[8] conditional(%p, %x, %y), true_computation=%again, false_computation=%kept
+  %copy.3 = f32[8] copy(%param), backend_config={"estimated_cycles":"4"}
+}
+"""
+
+
+def test_the_compilers_estimates_by_part(recipe, found):
+    """Loops count as often as they run, conditionals by their shortest branch; other devices' programs have none."""
+    once = estimate.read(HLO)
+    assert once.products == {"mlp": 28 * 70} and once.rest == {"memory": 28 * 5, "loss": 9, "elsewhere": 4}
+    assert once.kernels == {"swa_forward_kernel": 28}
+    assert estimate.read(HLO, HLO).total() == 2 * once.total() == 2 * (28 * 75 + 13)
+    branches = "branch_computations={%kept, %again}"
+    assert estimate.read(HLO.replace("true_computation=%again, false_computation=%kept", branches)) == once
+    mesh = sharding.make_mesh()
+    page = plan.describe(recipe, planned(recipe), found._replace(estimate=once), "v5e:2x2", mesh, 0.5)
+    assert re.search(r"mlp +0.0 +0.0\n", page) and "28 swa_forward_kernel" in page and "of the peak is" in page
+    assert found.estimate.total() == 0
+    assert "estimate" not in plan.describe(recipe, planned(recipe), found, "h100", mesh, 0.5)
 
 
 def test_bad_names_and_meshes(recipe, error_of):

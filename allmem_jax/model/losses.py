@@ -135,7 +135,8 @@ def _by_blocks(losses: Callable[..., tuple[jax.Array, ...]], block: int, *arrays
     def body(carry: None, xs: tuple[jax.Array, ...]) -> tuple[None, tuple[jax.Array, ...]]:
         return carry, losses(*map(sharding.over_tokens, xs))
 
-    _, found = jax.lax.scan(jax.checkpoint(body), None, tuple(_to_blocks(x, size) for x in arrays))
+    with jax.named_scope("loss"):
+        _, found = jax.lax.scan(jax.checkpoint(body), None, tuple(_to_blocks(x, size) for x in arrays))
     return tuple(jnp.moveaxis(x, 0, 2).reshape(batch, -1, *x.shape[3:])[:, :length] for x in found)
 
 

@@ -11,7 +11,7 @@ evaluation    held-out texts
 checkpoint    what is trained, saved and found again
 metrics       what a run says
 distributed   joining the processes of a run
-flops, plan   what a step costs, and whether it fits
+flops, plan, estimate   what a step costs, whether it fits, and which part of it is long
 tiny          a toy model that needs no files
 """
 
@@ -20,6 +20,7 @@ __all__ = [
     "checkpoint",
     "compiled",
     "distributed",
+    "estimate",
     "evaluation",
     "flops",
     "gauges",

@@ -3,7 +3,8 @@
     python -m train.finetune configs/qwen3_1_7b_128k.py --model qwen3-1.7b --compile_only v5p:4x4x4
 
 Memory comes from the compiler of those devices (what does not fit is its own error), operations from
-`train.loop.flops`, and the speed from the share of the peak that one expects to reach.
+`train.loop.flops`, and the speed from the share of the peak that one expects to reach. The compilers of TPUs also
+estimate what the step takes outside of kernels, by part.
 """
 
 import math
@@ -20,6 +21,7 @@ from allmem_jax.model import config as config_lib
 from allmem_jax.model import sharding
 from pallas_kernels.tools import topology
 from train.loop import compiled as compiled_lib
+from train.loop import estimate as estimate_lib
 from train.loop import flops, steps, tiny
 from train.recipe import FinetuneConfig
 
@@ -32,6 +34,8 @@ DEVICES = {
     "tpu7x": ("TPU7x", 94.7),
     "h100": ("H100", 74.0),  # of 79.1, as JAX leaves a share to others
 }
+# Cycles a second that those peaks imply, where a device is one core.
+CLOCK = {"v5e": 1.5e9, "v6e": 1.75e9, "tpu7x": 2.2e9}
 
 
 class Plan(NamedTuple):
@@ -43,6 +47,7 @@ class Plan(NamedTuple):
       refused: the compiler's words where it did, else "".
       operations: of one step by part, over all devices.
       text: of the compiled step (optimised HLO); "" where there is none.
+      estimate: of the cycles of teacher and student, see `estimate`.
     """
 
     memory: dict[str, float]
@@ -50,6 +55,7 @@ class Plan(NamedTuple):
     refused: str
     operations: dict[str, float]
     text: str
+    estimate: estimate_lib.Estimate = estimate_lib.read()
 
 
 def make(config: FinetuneConfig, name: str, mfu: float) -> str:
@@ -95,14 +101,16 @@ def compile_step(config: FinetuneConfig, model_config: config_lib.ModelConfig, m
         shape = (config.batch, config.seq_length, model_config.d_model)
         hidden = jax.ShapeDtypeStruct(shape, model_config.dtype, sharding=sharding.batch_sharding(mesh))
         memory["teacher's hidden states"] = _gib(hidden)
-    temporaries: dict[str, float] = {}
+    temporaries, texts = dict[str, float](), list[str]()
     scalar = jax.ShapeDtypeStruct((), jnp.int32, sharding=NamedSharding(mesh, PartitionSpec()))
     drawn = jax.ShapeDtypeStruct((2,), jnp.uint32, sharding=scalar.sharding)
     operations = flops.step_flops(config, model_config, config.window[1], config.sinks[1], chunk)
     try:
         with jax.set_mesh(mesh):
             if teacher is not None:
-                temporaries["temporaries of the teacher"] = _temporaries(teacher.lower(frozen, batch).compile())
+                compiled = teacher.lower(frozen, batch).compile()
+                temporaries["temporaries of the teacher"] = _temporaries(compiled)
+                texts.append(compiled.as_text())
             compiled = student(chunk).lower(state, frozen, batch, hidden, scalar, scalar, drawn).compile()
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
@@ -110,7 +118,8 @@ def compile_step(config: FinetuneConfig, model_config: config_lib.ModelConfig, m
         return Plan(memory | temporaries, None, str(error), operations, "")
     temporaries["temporaries of the step"] = _temporaries(compiled)
     peak = sum(memory.values()) + max(temporaries.values())
-    return Plan(memory | temporaries, peak, "", operations, compiled.as_text())
+    texts.append(compiled.as_text())
+    return Plan(memory | temporaries, peak, "", operations, texts[-1], estimate_lib.read(*texts))
 
 
 def abstract_arguments(
@@ -184,6 +193,12 @@ def describe(
         f"{seconds:.3g} s a step, {config.steps * seconds / 3600:.3g} h for {config.steps:,} steps "
         f"({config.steps * tokens / 1e6:,.1f} M tokens, {config.steps * seconds / 3600 * mesh.size:.3g} device hours)",
     ]
+    if table := estimate_lib.lines(found.estimate):
+        lines += ["", *table]
+        if clock := CLOCK.get(name.split(":")[0]):
+            least = found.estimate.total() / clock
+            share = total / (top * mesh.size * least)
+            lines.append(f"so a step takes {least:.3g} s at least, and the share of the peak is {share:.0%} at most")
     return "\n".join(lines)
 
 

@@ -329,7 +329,8 @@ def train_step(
         state.trained, frozen, config, loss, batch, teacher, window, sinks, key, microbatches
     )
     grad_norm = optax.tree.norm(grads)
-    updates, optimizer_state = optimizer.update(grads, state.optimizer, state.trained)
+    with jax.named_scope("optimizer"):
+        updates, optimizer_state = optimizer.update(grads, state.optimizer, state.trained)
     update_norm = optax.tree.norm(updates)
     finite = jnp.isfinite(value) & jnp.isfinite(grad_norm) & jnp.isfinite(update_norm)
 
