@@ -2,7 +2,6 @@
 
 import functools
 import json
-import pathlib
 import shlex
 
 import numpy as np
