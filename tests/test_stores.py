@@ -5,6 +5,7 @@ import json
 import os
 import pathlib
 import re
+import signal
 import time
 
 import fsspec
@@ -251,6 +252,16 @@ def test_results_go_to_a_store_and_are_gone_on_from(folder, url, tmp_path, capsy
     assert cli.main(page) == 0
     assert f"report: {url}/page/index.html" in capsys.readouterr().out
     assert {"index.html", "report.json"} <= set(stores.names(f"{url}/page"))
+
+
+def test_results_are_there_after_a_command_was_told_to_end(url):
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as ended, cli.options.results(f"{url}/new") as folder:
+        (folder / "answers.jsonl").write_text("one")
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(10)
+    assert ended.value.code == 143 and stores.read(f"{url}/new/answers.jsonl") == b"one"
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
 @pytest.mark.parametrize(
