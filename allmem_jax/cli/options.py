@@ -163,10 +163,9 @@ def results(out: str) -> Iterator[pathlib.Path]:
     from allmem_jax.storage import stores
 
     stores.check_writable(out)
-    take = stores.names(out) if stores.is_url(out) else ()
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
-        with stores.spooled(out, take, every=60) as (folder, _):
+        with stores.spooled(out, None, every=60) as (folder, _):
             yield folder
     finally:
         signal.signal(signal.SIGTERM, before)

@@ -172,7 +172,7 @@ def replace(folder: pathlib.Path, url: AnyPath, last: str) -> None:
 
 @contextlib.contextmanager
 def spooled(
-    path: AnyPath, take: Iterable[str] = (), every: float | None = None
+    path: AnyPath, take: Iterable[str] | None = (), every: float | None = None
 ) -> Iterator[tuple[pathlib.Path, Callable[[], None]]]:
     """A folder for files that grow, which stores do not have, and a function that copies what is new to the URL.
 
@@ -180,7 +180,7 @@ def spooled(
 
     Args:
       path: the folder, which need not exist.
-      take: files that are to be there from the start, where the URL has them.
+      take: files that are to be there from the start, where the URL has them; None means all.
       every: seconds after which it is done again and again; None leaves it to the caller.
     """
     if not is_url(path):
@@ -189,7 +189,7 @@ def spooled(
     with scratch(_name(path)) as folder:
         folder.mkdir()
         there = names(path)
-        get(path, [name for name in take if name in there], folder)
+        get(path, there if take is None else [name for name in take if name in there], folder)
         copied = _stamps(folder)
 
         def upload() -> None:
@@ -198,23 +198,30 @@ def spooled(
                     put(folder, [name], path)
                     copied[name] = stamp
 
-        done = threading.Event()
-
-        def keep_up() -> None:
-            while not done.wait(every):
-                with contextlib.suppress(OSError):  # the next time, or the last, which says so
-                    upload()
-
-        beside = threading.Thread(target=keep_up, daemon=True)
-        if every is not None:
-            beside.start()
         try:
-            yield folder, upload
+            with contextlib.nullcontext() if every is None else _repeated(upload, every):
+                yield folder, upload
         finally:
-            done.set()
-            if every is not None:
-                beside.join()
             upload()
+
+
+@contextlib.contextmanager
+def _repeated(work: Callable[[], None], every: float) -> Iterator[None]:
+    """Does `work` again and again beside the block, with so many seconds between; what fails is tried the next time."""
+    done = threading.Event()
+
+    def keep_up() -> None:
+        while not done.wait(every):
+            with contextlib.suppress(OSError):
+                work()
+
+    beside = threading.Thread(target=keep_up, daemon=True)
+    beside.start()
+    try:
+        yield
+    finally:
+        done.set()
+        beside.join()
 
 
 @contextlib.contextmanager

@@ -192,9 +192,11 @@ def _forward_kernel(tile, q, k, v, out, lse, accumulator, top, total):
         tpu_columns.put(lse, top[...] + jnp.log2(total[...]))
 
 
-def _weights(mask, q, d_out, lse, delta, key, value):
-    """Returns the softmax weights [S, R] of a part of a tile, and the cotangents of its natural scores."""
-    q, d_out, lse, delta = map(tpu_columns.joined, (q, d_out, lse, delta))
+def _weights(mask, key, value, q, d_out, lse, delta):
+    """Returns the softmax weights [S, R] of a part of a tile, and the cotangents of its natural scores.
+
+    key, value [S, D]; q, d_out [D, R]; lse, delta [1, R].
+    """
     scores = dots.tiles("kd,dr->kr", key, q)
     scores = scores + mask() if mask else scores
     weights = jnp.exp2(scores - lse)
@@ -212,7 +214,8 @@ def _query_gradient_kernel(tile, q, d_out, lse, delta, k, v, d_q, accumulator, *
     @tile.for_each_part
     def _(at, size, mask):
         key, value = k[pl.ds(at, size), :], v[pl.ds(at, size), :]
-        _, d_scores = _weights(mask, q, d_out, lse, delta, key, value)
+        columns = map(tpu_columns.joined, (q, d_out, lse, delta))
+        _, d_scores = _weights(mask, key, value, *columns)
         accumulator[...] += dots.tiles("kd,kr->dr", key, d_scores)
 
     @tile.when("last")
@@ -231,9 +234,10 @@ def _key_gradient_kernel(tile, q, d_out, lse, delta, k, v, d_k, d_v, k_accumulat
     @tile.for_each_part
     def _(at, size, mask):
         keys = pl.ds(at, size)
-        weights, d_scores = _weights(mask, q, d_out, lse, delta, k[keys, :], v[keys, :])
-        v_accumulator[keys, :] += dots.tiles("kr,dr->kd", weights, tpu_columns.joined(d_out))
-        k_accumulator[keys, :] += dots.tiles("kr,dr->kd", d_scores, tpu_columns.joined(q))
+        query, cotangent, *rows = map(tpu_columns.joined, (q, d_out, lse, delta))
+        weights, d_scores = _weights(mask, k[keys, :], v[keys, :], query, cotangent, *rows)
+        v_accumulator[keys, :] += dots.tiles("kr,dr->kd", weights, cotangent)
+        k_accumulator[keys, :] += dots.tiles("kr,dr->kd", d_scores, query)
 
     @tile.when("last")
     def _():

@@ -21,6 +21,11 @@ class Estimate(NamedTuple):
     rest: collections.Counter[str]
     kernels: collections.Counter[str]
 
+    def add(self, other: "Estimate", times: int = 1) -> None:
+        """Adds what another program takes, run so many times."""
+        for counter, more in zip(self, other, strict=True):
+            counter.update({key: times * count for key, count in more.items()})
+
     def total(self) -> int:
         """Cycles outside kernels."""
         return self.products.total() + self.rest.total()
@@ -32,11 +37,9 @@ def read(*texts: str) -> Estimate:
     The body of a loop counts as often as it runs, and of a conditional the shortest branch: the other ones of a step
     are for what seldom happens.
     """
-    found = Estimate(collections.Counter(), collections.Counter(), collections.Counter())
+    found = _nothing()
     for text in texts:
-        program, entry = _computations(text)
-        for counter, more in zip(found, _of(program, entry), strict=True):
-            counter.update(more)
+        found.add(_of(*_computations(text)))
     return found
 
 
@@ -55,6 +58,10 @@ def lines(estimate: Estimate) -> list[str]:
     ]
 
 
+def _nothing() -> Estimate:
+    return Estimate(collections.Counter(), collections.Counter(), collections.Counter())
+
+
 def _computations(text: str) -> tuple[dict[str, list[str]], str]:
     """The instructions of each computation of a module by its name, and the name of the first to run."""
     program, entry, inside = dict[str, list[str]](), "", list[str]()
@@ -69,22 +76,18 @@ def _computations(text: str) -> tuple[dict[str, list[str]], str]:
 
 def _of(program: dict[str, list[str]], name: str) -> Estimate:
     """The estimates of one computation and of those that it calls."""
-    products, rest, kernels = Estimate(collections.Counter(), collections.Counter(), collections.Counter())
+    found = _nothing()
     for line in program.get(name, ()):
         if " while(" in line:
-            inner, times = _of(program, _named(line, "body")), _trips(program, line)
+            found.add(_of(program, _named(line, "body")), _trips(program, line))
         elif " conditional(" in line:
-            inner, times = min((_of(program, branch) for branch in _branches(line)), key=Estimate.total), 1
-        else:
-            if found := re.search(r'"estimated_cycles":"(\d+)"', line):
-                counter = products if "dot_general" in line else rest
-                counter[_part(program, line)] += int(found[1])
-            if '"tpu_custom_call"' in line:
-                kernels[re.sub(r"[.\d]*$", "", line.split()[0].lstrip("%"))] += 1
-            continue
-        for counter, more in zip((products, rest, kernels), inner, strict=True):
-            counter.update({key: times * count for key, count in more.items()})
-    return Estimate(products, rest, kernels)
+            found.add(min((_of(program, branch) for branch in _branches(line)), key=Estimate.total))
+        elif cycles := re.search(r'"estimated_cycles":"(\d+)"', line):
+            counter = found.products if "dot_general" in line else found.rest
+            counter[_part(program, line)] += int(cycles[1])
+        elif '"tpu_custom_call"' in line:
+            found.kernels[re.sub(r"[.\d]*$", "", line.split()[0].lstrip("%"))] += 1
+    return found
 
 
 def _named(line: str, what: str) -> str:
