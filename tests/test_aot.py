@@ -75,6 +75,15 @@ def test_attention_compiles(name, dim, groups, documents, dtype):
     assert all(call in text for call in calls)
 
 
+@needs_tpu
+@pytest.mark.parametrize("name", topology.SMALLEST)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dim,length,rows", [(32, 8192, True), (64, 200, False), (128, 8192, True), (256, 4096, True)])
+def test_rope_compiles(name, dim, length, rows, dtype):
+    text = compiling.rope(name, dim, dtype, length, rows=rows).as_text()
+    assert "norm_rope_forward_kernel" in text and "norm_rope_backward_kernel" in text
+
+
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
@@ -133,6 +142,7 @@ def test_a_training_step_of_qwen3_compiles(name):
     with jax.set_mesh(mesh):
         compiled = jax.jit(step, donate_argnums=0).lower(state, place(backbone), batch, size, size, key).compile()
     assert compiled.as_text().count("triton_kernel_call" if name == "h100" else "tpu_custom_call") >= 5
+    assert name == "h100" or "norm_rope_backward_kernel" in compiled.as_text()
     assert compiled.memory_analysis().temp_size_in_bytes < 12 * 2**30
 
 

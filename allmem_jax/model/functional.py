@@ -22,6 +22,11 @@ from pallas_kernels import dots
 from pallas_kernels.swa import prefill, ring
 from pallas_kernels.ttt import decode
 
+# How arrays are split over rows and heads: [B, L, heads, ...], [B, ...], [B, heads, ...], and not at all.
+TOKENS, ROWS = PartitionSpec("rows", None, "heads"), PartitionSpec("rows")
+ROW_HEADS, EVERY = PartitionSpec("rows", "heads"), PartitionSpec()
+EPS = 1e-6  # on a sum of squares
+
 
 def recomputed(function: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
     """`function`, of which the backward pass keeps the arguments alone.
@@ -42,24 +47,26 @@ def per_channel(x: jax.Array, like: jax.Array) -> jax.Array:
 def rms_norm(
     x: jax.Array, scale: jax.Array, eps: jax.Array | float, offset: float = 0.0, norm: float | None = None
 ) -> jax.Array:
-    """x / rms(x) * (offset + scale) over the last axis, in float32 and back, then `l2_normalise` if `norm` is given.
+    """x / rms(x) * (offset + scale) over the last axis, in float32 and back, and `l2_normalise`d if `norm` is given.
 
     `eps`, on the mean square, may be [..., 1].
     """
 
     def normalise(x, scale, eps):
         wide = x.astype(jnp.float32)
-        wide = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + eps)
-        y = (wide * (offset + per_channel(scale, x))).astype(x.dtype)
-        return y if norm is None else l2_normalise(y, norm)
+        square = jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + eps
+        wide = wide * (offset + per_channel(scale, x))
+        if norm is not None:  # both sums at once: the norm of wide / sqrt(square) is that of wide, but for its own eps
+            square = (jnp.sum(jnp.square(wide), axis=-1, keepdims=True) + EPS * square) / norm**2
+        return (wide * jax.lax.rsqrt(square)).astype(x.dtype)
 
     return recomputed(normalise)(x, scale, eps)
 
 
-def l2_normalise(x: jax.Array, norm: float = 1.0, eps: float = 1e-6) -> jax.Array:
+def l2_normalise(x: jax.Array, norm: float = 1.0) -> jax.Array:
     """x rescaled to `norm` over the last axis, in float32 and back."""
     wide = x.astype(jnp.float32)
-    inverse = jax.lax.rsqrt(jnp.sum(jnp.square(wide), axis=-1, keepdims=True) + eps)
+    inverse = jax.lax.rsqrt(jnp.sum(jnp.square(wide), axis=-1, keepdims=True) + EPS)
     return (wide * (norm * inverse)).astype(x.dtype)
 
 
@@ -138,13 +145,6 @@ def rope_table(positions: jax.Array, frequencies: jax.Array, factor: float) -> t
     return jnp.cos(angles) * factor, jnp.sin(angles) * factor
 
 
-def apply_rope(x: jax.Array, table: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """Rotates the halves of each head: x [B, L, heads, D], table from `rope_table`."""
-    cos, sin = (part[:, :, None, :] for part in table)
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
-
-
 def attend(
     q: jax.Array,
     k: jax.Array,
@@ -154,26 +154,33 @@ def attend(
     sinks: jax.Array | int,
     segment_ids: jax.Array | None,
     scale: float,
+    norms: tuple[jax.Array | None, jax.Array | None] = (None, None),
+    rope: tuple[jax.Array, jax.Array] | None = None,
+    eps: float = 0.0,
+    offset: float = 0.0,
     implementation: str | None = None,
 ) -> jax.Array:
     """Windowed attention with sinks over a whole row. q [B, L, Hq, D], k and v [B, L, Hkv, D] -> [B, L, Hq, D].
 
-    Under a mesh every device computes its own rows and heads; see `sharding.over_rows_and_heads`.
+    q and k are normalised, each by its scale [D] in `norms`, and rotated by the table `rope` before, where those are
+    not None. Under a mesh every device computes its own rows and heads; see `sharding.over_rows_and_heads`.
     """
 
-    def kernel(q, k, v, segment_ids, *traced):
+    def kernel(q, k, v, segment_ids, norms, rope, *traced):
         size = dict(zip(names, traced, strict=True))
-        options = dict(segment_ids=segment_ids, scale=scale, implementation=implementation)
-        return pallas_kernels.swa_attention(q, k, v, **options, **(fixed | size))
+        options = dict(segment_ids=segment_ids, scale=math.log(2), implementation=implementation)
+        other = None if implementation == "triton" else implementation
+        turn = functools.partial(pallas_kernels.norm_rope, rope=rope, eps=eps, offset=offset, implementation=other)
+        q = turn(q, norms[0], factor=scale * math.log2(math.e))  # so that kernels find scores in base 2
+        return pallas_kernels.swa_attention(q, turn(k, norms[1], rows=True), v, **options, **(fixed | size))
 
     sizes = {"window": window, "sinks": sinks}
     fixed = {name: size for name, size in sizes.items() if isinstance(size, int)}
     names = tuple(name for name in sizes if name not in fixed)
     traced = tuple(jnp.asarray(sizes[name]) for name in names)
-    tokens = PartitionSpec("rows", None, "heads")
-    where = (tokens, tokens, tokens, PartitionSpec("rows"), *(PartitionSpec(),) * len(traced))
-    arguments = (*(sharding.over_tokens(x, heads=True) for x in (q, k, v)), segment_ids, *traced)
-    out = sharding.over_rows_and_heads(kernel, arguments, where, tokens, q.shape[0], k.shape[2])
+    where = (TOKENS, TOKENS, TOKENS, ROWS, EVERY, ROWS, *(EVERY,) * len(traced))
+    arguments = (*(sharding.over_tokens(x, heads=True) for x in (q, k, v)), segment_ids, norms, rope, *traced)
+    out = sharding.over_rows_and_heads(kernel, arguments, where, TOKENS, q.shape[0], k.shape[2])
     return sharding.over_tokens(out, heads=True)
 
 
@@ -207,11 +214,10 @@ def attend_cached(
             return pallas_kernels.swa_decode(*one, layer=layer, **sizes)[:, None]
         return prefill.attend(q, k, v, *held, position, lengths, **sizes)
 
-    tokens, rows, every = PartitionSpec("rows", None, "heads"), PartitionSpec("rows"), PartitionSpec()
-    held = tokens if layer is None else PartitionSpec(None, *tokens)
+    held = TOKENS if layer is None else PartitionSpec(None, *TOKENS)
     arguments = (q, k, v, *cache, position, lengths, jnp.asarray(window), jnp.asarray(sinks), layer)
-    where = (tokens, tokens, tokens, held, held, rows, rows, *(every,) * 3)
-    return sharding.over_rows_and_heads(local, arguments, where, tokens, q.shape[0], k.shape[2])
+    where = (TOKENS, TOKENS, TOKENS, held, held, ROWS, ROWS, *(EVERY,) * 3)
+    return sharding.over_rows_and_heads(local, arguments, where, TOKENS, q.shape[0], k.shape[2])
 
 
 def write_cache(
@@ -331,17 +337,12 @@ def remember(
         options = dict(chunk_size=chunk, valid=valid, reset=reset, read_out=read_out, implementation=implementation)
         return pallas_kernels.ttt_memory(q, k, v, lr, momentum, init, state, **options)
 
-    tokens, rows, row_heads = (
-        PartitionSpec("rows", None, "heads"),
-        PartitionSpec("rows"),
-        PartitionSpec("rows", "heads"),
-    )
-    after = pallas_kernels.MemoryState._make((row_heads, row_heads, row_heads, row_heads, rows))
+    after = pallas_kernels.MemoryState._make((ROW_HEADS, ROW_HEADS, ROW_HEADS, ROW_HEADS, ROWS))
     before = None if state is None else after
-    where = (tokens, tokens, tokens, tokens, tokens, PartitionSpec("heads"), before, rows, rows)
+    where = (TOKENS, TOKENS, TOKENS, TOKENS, TOKENS, PartitionSpec("heads"), before, ROWS, ROWS)
     per_token = (sharding.over_tokens(x, heads=True) for x in (q, k, v, lr, momentum))
     arguments = (*per_token, init, state, valid, reset)
-    out, state = sharding.over_rows_and_heads(kernel, arguments, where, (tokens, after), q.shape[0], q.shape[2])
+    out, state = sharding.over_rows_and_heads(kernel, arguments, where, (TOKENS, after), q.shape[0], q.shape[2])
     return sharding.over_tokens(out, heads=True), state
 
 
@@ -368,10 +369,9 @@ def remember_one(
         out, gradient = decode.read(q, k, v, lr, momentum, init, weights, read_out=read_out)
         return out[:, None], gradient
 
-    tokens, row_heads = PartitionSpec("rows", None, "heads"), PartitionSpec("rows", "heads")
-    where = (tokens, tokens, tokens, tokens, tokens, PartitionSpec("heads"), row_heads, PartitionSpec("rows"))
+    where = (TOKENS, TOKENS, TOKENS, TOKENS, TOKENS, PartitionSpec("heads"), ROW_HEADS, ROWS)
     arguments = (q, k, v, lr, momentum, init, state.weights, fresh)
-    return sharding.over_rows_and_heads(local, arguments, where, (tokens, row_heads), q.shape[0], q.shape[2])
+    return sharding.over_rows_and_heads(local, arguments, where, (TOKENS, ROW_HEADS), q.shape[0], q.shape[2])
 
 
 def write_memory(

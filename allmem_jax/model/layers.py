@@ -232,6 +232,17 @@ class RMSNorm(nn.Module):
         return functional.rms_norm(x, scale, self.eps, self.offset, self.norm)
 
 
+class Scale(nn.Module):
+    """The scale [features] of an `RMSNorm` that is not computed by itself."""
+
+    offset: float = 0.0
+
+    @nn.compact
+    def __call__(self, features: int) -> jax.Array:
+        """Returns the parameter."""
+        return self.param("scale", nn.initializers.constant(1.0 - self.offset), (features,))
+
+
 class FlooredNorm(nn.Module):
     """x / sqrt(mean(x^2) + floor^2) * scale over the last axis, with a floor for each head on the axis before."""
 
@@ -277,9 +288,7 @@ class Attention(nn.Module):
         counts = {"q": c.n_heads, "k": c.n_kv_heads, "v": c.n_kv_heads}
         each = [Linear(count * c.head_dim, c.qkv_bias, name=f"{name}_proj") for name, count in counts.items()]
         q, k, v = (part.reshape(*x.shape[:2], -1, c.head_dim) for part in linears(x, each))
-        if c.qk_norm:
-            q = RMSNorm(c.norm_eps, c.norm_offset, name="q_norm")(q)
-            k = RMSNorm(c.norm_eps, c.norm_offset, name="k_norm")(k)
+        norms = [Scale(c.norm_offset, name=f"{name}_norm")(c.head_dim) if c.qk_norm else None for name in "qk"]
         rope, window, sinks = shared.rope, shared.window, shared.sinks
         if window is None:
             window, sinks = x.shape[1], 0
@@ -288,13 +297,15 @@ class Attention(nn.Module):
             rope = jax.tree.map(lambda local, other: jnp.where(is_local, local, other), shared.local_rope, rope)
             window = jnp.where(is_local, jnp.minimum(window, c.local_window), window)
             sinks = jnp.where(is_local, 0, sinks)
-        if rope is not None:
-            q, k = functional.apply_rope(q, rope), functional.apply_rope(k, rope)
         sizes: Any = {"window": window, "sinks": sinks, "scale": scale, "implementation": self.implementation}
+        turn: Any = {"eps": c.norm_eps, "offset": c.norm_offset}
         new = None
         if state is None:
-            out = functional.attend(q, k, v, segment_ids=shared.segment_ids, **sizes)
+            turn |= {"norms": tuple(norms), "rope": rope}
+            out = functional.attend(q, k, v, segment_ids=shared.segment_ids, **turn, **sizes)
         else:
+            turn |= {"implementation": "xla"}  # the cache wants keys outside of kernels
+            q, k = (pallas_kernels.norm_rope(x, norm, rope, **turn) for x, norm in zip((q, k), norms, strict=True))
             cache = (state.keys, state.values) if shared.caches is None else shared.caches
             sizes |= {"sink_slots": c.sinks, "layer": None if shared.caches is None else layer}
             out = functional.attend_cached(q, k, v, cache, shared.position, shared.lengths, **sizes)

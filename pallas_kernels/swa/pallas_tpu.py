@@ -51,8 +51,6 @@ def forward(blocks, scale, q, k, v, window, sinks, segment_ids):
         [(dim, columns), (1, columns), (1, columns)],
     )
     out = tpu_columns.from_columns(out, q.shape)
-    if segment_ids is not None:
-        out = jnp.where((segment_ids != 0)[:, :, None, None], out, 0)
     return out, (q, k, v, window, sinks, segment_ids, out, lse)
 
 
@@ -165,12 +163,19 @@ class Tile(NamedTuple):
 
     def mask(self, at, size):
         """Returns what to add to the scores [S, R] of `size` keys from `at`: 0, or MASKED where a key is hidden."""
-        window, sinks, start = self.limits[0], self.limits[1], self.starts[...]
-        i = tpu_visits.field(self.code, "query") * self.blocks.query + _iota((1, self.blocks.query), 1)
+        window, sinks, start, i = self.limits[0], self.limits[1], self.starts[...], self.queries()
         j = tpu_visits.field(self.code, "key") * self.blocks.key + at + _iota((size, self.blocks.query), 0)
         visible = (jnp.maximum(start, i - window + 1) <= j) & (j <= i)
         visible |= (start <= j) & (j < jnp.minimum(start + sinks, i + 1))
         return jnp.concatenate([jnp.where(visible, 0.0, tpu_columns.MASKED)] * self.group, axis=1)
+
+    def real(self):
+        """Returns 1, or 0 where a query is padding, [1, R]."""
+        return jnp.concatenate([jnp.where(self.starts[...] <= self.queries(), 1.0, 0.0)] * self.group, axis=1)
+
+    def queries(self):
+        """Returns the queries' places in the row, int32 [1, Q]."""
+        return tpu_visits.field(self.code, "query") * self.blocks.query + _iota((1, self.blocks.query), 1)
 
 
 def _forward_kernel(tile, q, k, v, out, lse, accumulator, top, total):
@@ -188,7 +193,7 @@ def _forward_kernel(tile, q, k, v, out, lse, accumulator, top, total):
 
     @tile.when("last")
     def _():
-        tpu_columns.put(out, accumulator[...] / total[...])
+        tpu_columns.put(out, accumulator[...] * (tile.real() / total[...]))
         tpu_columns.put(lse, top[...] + jnp.log2(total[...]))
 
 

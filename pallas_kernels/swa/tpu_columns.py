@@ -23,7 +23,9 @@ COLUMNS = 256  # at a time, so that one part's weights overlap with another's ou
 
 def queries(q, scale, heads, multiple):
     """[B, L, Hq, D] -> [B, Hkv, G, D, L], multiplied so that scores are in base 2; see `columns`."""
-    return columns((q.astype(jnp.float32) * (scale * math.log2(math.e))).astype(q.dtype), heads, multiple)
+    factor = scale * math.log2(math.e)
+    scaled = q if factor == 1 else (q.astype(jnp.float32) * factor).astype(q.dtype)
+    return columns(scaled, heads, multiple)
 
 
 def columns(x, heads, multiple):

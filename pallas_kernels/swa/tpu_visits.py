@@ -140,7 +140,10 @@ class Visits(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """What the kernels read besides q, k and v: first token of each query's document [P, N, 1, Q], (window, sinks)."""
+    """What the kernels read besides q, k and v: first token of each query's document [P, N, 1, Q], (window, sinks).
+
+    Where a query is padding, that token is the one after it.
+    """
 
     by_query: Visits
     by_key: Visits
@@ -155,7 +158,7 @@ def make_plan(blocks, length, window, sinks, segment_ids) -> Plan:
     starts = jnp.zeros((1, index.size), jnp.int32)
     if segment_ids is not None:
         starts, _ = documents.spans(segment_ids)
-        starts = jnp.where(segment_ids == 0, index[:length], starts)  # a token of padding sees itself
+        starts = jnp.where(segment_ids == 0, index[:length] + 1, starts)  # a token of padding sees none
         rest = jnp.broadcast_to(index[length:], (starts.shape[0], index.size - length))
         starts = jnp.concatenate([starts, rest], axis=1)
     starts = starts.reshape(-1, n, 1, blocks.query)

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
+from pallas_kernels.rope import norm_rope
 from pallas_kernels.swa import prefill as swa_prefill
 from pallas_kernels.swa import swa_attention, swa_decode
 from pallas_kernels.tools import topology
@@ -54,6 +55,17 @@ def attention(
         return jnp.sum(out.astype(jnp.float32))
 
     return for_one_device(name, jax.grad(loss, (0, 1, 2)), q, k, k, size, size, segments)
+
+
+def rope(name: str, dim: int, dtype: str, length: int, *, rows: bool = False) -> jax.stages.Compiled:
+    """The gradient of `norm_rope` on a TPU: batch 2, 8 heads."""
+    x, table = _array(2, length, 8, dim, dtype=jnp.dtype(dtype)), _array(2, length, dim // 2)
+
+    def loss(x, scale, tables):
+        out = norm_rope(x, scale, tables, eps=1e-6, rows=rows, implementation="pallas")
+        return jnp.sum(jnp.square(out.astype(jnp.float32)))
+
+    return for_one_device(name, jax.grad(loss), x, _array(dim), (table, table))
 
 
 def decode(
