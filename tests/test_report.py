@@ -184,7 +184,7 @@ def test_a_report_records_how_it_was_made(folder, tmp_path, calls, monkeypatch):
 
     settings = full_report.Settings(folder, (folder.parent / "book.txt",), length=64, sequences=1, dtype="bfloat16")
     config = full_report.read_config(folder)
-    parts = full_report.parts(full_report.Given(settings, config, {}, lambda: pytest.fail("nothing is loaded")))
+    parts = full_report.parts(full_report.Given(settings, folder, config, {}, lambda: pytest.fail("nothing is loaded")))
     made = {part.name: parsed(monkeypatch, *split_command(part.command)) for part in parts}
     assert made["distance"]["mixing"].dtype == made["answers"]["mixing"].dtype == "bfloat16"
     assert (made["distance"]["length"], made["distance"]["sequences"]) == (64, 1)

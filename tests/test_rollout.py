@@ -115,7 +115,6 @@ def test_answers_in_a_store_go_on_too(answers, student, folder, store, monkeypat
         batches.append(answer(*given))
         return batches[-1]
 
-    monkeypatch.setattr(rollout, "_UPLOAD_SECONDS", -1)
     with monkeypatch.context() as patch, pytest.raises(AssertionError, match="stopped"):
         patch.setattr(rollout, "_answer", stops)
         rollout.run(SETTINGS, student, asked, out, seed=3, share=(0, 1))

@@ -17,7 +17,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -40,7 +40,6 @@ from train.data import prompts as prompts_lib
 from train.loop import checkpoint, distributed, models, tiny
 
 _SETTINGS = ".settings.json"  # after the name of the answers' file
-_UPLOAD_SECONDS = 60  # between copies of a growing file to a store
 
 
 @dataclasses.dataclass(frozen=True)
@@ -185,8 +184,8 @@ def run(
     """
     parent, name = os.path.split(out)
     part = part_name(Path(name), *share).name
-    with stores.spooled(parent, (part, f"{name}{_SETTINGS}")) as (folder, upload):
-        _run(settings, student, prompts, folder / name, upload, seed, share)
+    with stores.spooled(parent, (part, f"{name}{_SETTINGS}"), every=60) as (folder, _):
+        _run(settings, student, prompts, folder / name, seed, share)
     return stores.join(parent, part)
 
 
@@ -195,11 +194,10 @@ def _run(
     student: Student,
     prompts: Sequence[prompts_lib.Prompt],
     out: Path,
-    upload: Callable[[], None],
     seed: int,
     share: tuple[int, int],
 ) -> None:
-    """The same in a local folder, of which `upload` is called now and then."""
+    """The same in a local folder."""
     settings.check()
     longest_first = sorted(prompts, key=lambda prompt: (-len(prompt.tokens), prompt.id))
     starts = range(0, len(prompts), settings.batch)
@@ -216,7 +214,7 @@ def _run(
     if mesh is not None:
         student = student._replace(params=jax.device_put(student.params, NamedSharding(mesh, PartitionSpec())))
     student = student._replace(params=lm.unstack(student.params))  # once for all batches
-    began, tokens, uploaded = time.perf_counter(), 0, time.monotonic()
+    began, tokens = time.perf_counter(), 0
     with (
         nullcontext() if mesh is None else jax.set_mesh(mesh),
         open(path, "ab") as file,
@@ -228,9 +226,6 @@ def _run(
             file.write("".join(json.dumps(line) + "\n" for line in lines).encode())
             file.flush()
             os.fsync(file.fileno())
-            if time.monotonic() - uploaded > _UPLOAD_SECONDS:
-                upload()
-                uploaded = time.monotonic()
             tokens += sum(line["tokens"] for line in lines)
             bar.set_postfix_str(f"{tokens / (time.perf_counter() - began):.1f} tokens/s", refresh=False)
             bar.update()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Literal
 
 from allmem_jax.cli import options
@@ -48,9 +49,8 @@ def report(
 
     with options.results(out) as folder:
         sizes = length, sequences, prompt_length, samples
-        settings = full_report.Settings(
-            model, texts, folder, *sizes, questions, longbench, suite, skip, include, dtype, shown=out
-        )
-        page, failed = full_report.run(settings, lambda: options.load_model(model, options.Mixing(dtype=dtype)))
+        settings = full_report.Settings(model, texts, out, *sizes, questions, longbench, suite, skip, include, dtype)
+        load = functools.partial(options.load_model, model, options.Mixing(dtype=dtype))
+        page, failed = full_report.run(settings, folder, load)
     print(f"report: {stores.join(out, page.name)}")
     return 1 if failed else 0

@@ -42,7 +42,7 @@ class Settings:
     Attributes:
       model: converted folder.
       texts: UTF-8 text files; none means Python's documentation.
-      out: folder of the report.
+      out: what the page calls the report's folder, which may be the URL that it is a copy of.
       length: tokens of a sequence that is compared with the original; None means 2048, or two windows if that is more.
       sequences: of them, from each text.
       prompt_length: tokens of a long prompt; None means 512, or four windows if that is more and the model reads it.
@@ -52,12 +52,11 @@ class Settings:
       skip: names out of `PARTS`.
       include: section files that other commands wrote.
       dtype: of weights and activations.
-      shown: what the page calls the folder, where it is a copy of what a URL holds.
     """
 
     model: pathlib.Path
     texts: tuple[pathlib.Path, ...] = ()
-    out: pathlib.Path = pathlib.Path("out/report")
+    out: str = "out/report"
     length: int | None = None
     sequences: int = 2
     prompt_length: int | None = None
@@ -68,7 +67,6 @@ class Settings:
     skip: tuple[str, ...] = ()
     include: tuple[pathlib.Path, ...] = ()
     dtype: str = "float32"
-    shown: str = ""
 
     def __post_init__(self):
         for name in ("length", "sequences", "prompt_length", "samples"):
@@ -77,9 +75,13 @@ class Settings:
 
 
 class Given(NamedTuple):
-    """What the parts are made from; `load` returns the model's config, parameters and tokenizer."""
+    """What the parts are made from: `load` returns the model's config, parameters and tokenizer.
+
+    `sections` is the folder in which what was measured is kept.
+    """
 
     settings: Settings
+    sections: pathlib.Path
     config: config_lib.ModelConfig
     texts: dict[str, str]
     load: Callable[[], tuple[config_lib.ModelConfig, lm.Params, Any]]
@@ -102,11 +104,14 @@ class Part(NamedTuple):
     measure: Callable[[], sections.Section]
 
 
-def run(settings: Settings, load: Callable[[], tuple[Any, Any, Any]]) -> tuple[pathlib.Path, tuple[str, ...]]:
+def run(
+    settings: Settings, folder: pathlib.Path, load: Callable[[], tuple[Any, Any, Any]]
+) -> tuple[pathlib.Path, tuple[str, ...]]:
     """Measures what is not there yet and writes the page.
 
     Args:
       settings: see there.
+      folder: for the page and what was measured.
       load: as in `Given`; called when the first part needs it.
 
     Returns:
@@ -116,20 +121,22 @@ def run(settings: Settings, load: Callable[[], tuple[Any, Any, Any]]) -> tuple[p
       ValueError, OSError: an input cannot be read; before anything is measured.
     """
     config = read_config(settings.model).replace(dtype=settings.dtype)
-    given = Given(settings, config, divergence_report.read_texts(settings.texts), functools.cache(load))
+    given = Given(
+        settings, folder / "sections", config, divergence_report.read_texts(settings.texts), functools.cache(load)
+    )
     included = [sections.load(path) for path in settings.include]
     todo = [part for part in parts(given) if part.name not in settings.skip]
     page_lib.check_names(["summary", *(part.name for part in todo), *(section.name for section in included)])
-    settings.out.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     machine = latency.hardware()
     common = {name: machine[name] for name in ("device", "jax")}
     common |= {"model": recall.fingerprint(settings.model), "dtype": settings.dtype}
-    finished = [finish(part, settings.out / "sections", common) for part in todo]
+    finished = [finish(part, given.sections, common) for part in todo]
     failed = tuple(section.name for section, ok in finished if not ok)
     shown = [*(section for section, _ in finished), *included]
     machine |= {"allmem-jax": allmem_jax.__version__}
     whole = (summary(settings, config, machine, shown), *shown)
-    return page_lib.write(settings.out, page_lib.Report(f"Report on {settings.model.name}", whole, (), failed)), failed
+    return page_lib.write(folder, page_lib.Report(f"Report on {settings.model.name}", whole, (), failed)), failed
 
 
 def read_config(folder: pathlib.Path) -> config_lib.ModelConfig:
@@ -206,7 +213,7 @@ def _answers(given: Given) -> Part:
             texts,
             variants,
             questions=questions,
-            parts=settings.out / "sections" / "answers",
+            parts=given.sections / "answers",
             source=recall.fingerprint(settings.model),
             command=exact,
         )
@@ -261,7 +268,7 @@ def _longbench(given: Given) -> Part:
     def measure() -> sections.Section:
         loaded, params, tokenizer = given.load()
         variants = longbench.variants(loaded, params, mixers)
-        folder, total = settings.out / "sections" / settings.suite, sum(plan.counts) * len(variants)
+        folder, total = given.sections / settings.suite, sum(plan.counts) * len(variants)
         with tqdm.tqdm(total=total, desc="answering", leave=False, disable=not sys.stderr.isatty()) as bar:
             results = longbench.run(plan, params, tokenizer, variants, folder, bar.update)
         return longbench.section(results, command)
@@ -275,7 +282,6 @@ def summary(
 ) -> sections.Section:
     """The model, the machine, and what each section found."""
     given = dict(vars(settings))
-    given["out"] = given.pop("shown") or given["out"]
     command = sections.command("report", given.pop("model"), *given.pop("texts"), **given)
     groups = cost.parameter_groups(config)
     total, added = sum(groups.values()), groups["memory"]
