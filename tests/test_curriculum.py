@@ -63,6 +63,15 @@ def test_a_stage_can_write_less_than_the_one_before(config, tmp_path):
     np.testing.assert_allclose(second["v_proj"]["kernel"], first["v_proj"]["kernel"], rtol=1e-5)
 
 
+def test_a_stage_can_be_averaged_with_an_earlier_one(config, tmp_path):
+    stages = STAGES[0], STAGES[0] | dict(average=(1, 0.25)), STAGES[0] | dict(learning_rate=1e-12)
+    curriculum.run(dataclasses.replace(config, out=str(tmp_path)), stages)
+    trained = (models.trained_memory(tmp_path / f"stage-{number}") for number in (1, 2, 3))
+    first, second, third = (memory["layers"]["memory"]["v_proj"]["kernel"] for memory in trained)
+    assert np.abs(first - second).max() > 1e-5
+    np.testing.assert_allclose(third, 0.25 * first + 0.75 * second, rtol=1e-5, atol=1e-7)
+
+
 def test_it_goes_on_where_it_was_stopped(config):
     config = dataclasses.replace(config, out=config.out + "-again")
     curriculum.run(config, STAGES[:1])
@@ -79,6 +88,8 @@ def test_it_goes_on_where_it_was_stopped(config):
         ((), "no stages"),
         ((dict(step=3),), "stage 1: no recipe has step"),
         ((dict(steps=3), dict(steps=0)), "stage 2: steps=0"),
+        ((dict(steps=3, average=(1, 0.5)),), r"stage 1: average=\(1, 0.5\) must be an earlier stage's number"),
+        ((dict(steps=3), dict(steps=3, average=(1, 1.5))), r"stage 2: average=\(1, 1.5\) must be"),
     ],
 )
 def test_bad_stages_are_named_before_anything_is_trained(config, stages, message):

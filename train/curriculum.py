@@ -8,6 +8,9 @@ whole run (`train.finetune`) that goes on from the memory of the one before:
     OUT/memory.safetensors             the last one's memory by itself, int8, with the text of --card
                                        (`allmem convert MODEL FOLDER --memory OUT/memory.safetensors`)
 
+A stage may also name `average`, (NUMBER, SHARE): its memory is then averaged, weight by weight, with that of an earlier
+stage, which gets that share. What a short stage teaches is then kept for the most part, at a smaller price.
+
 The same command goes on wherever it was stopped.
 """
 
@@ -18,13 +21,16 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax
+
 from allmem_jax.checkpoints import memory_file
+from allmem_jax.model import lm
 from allmem_jax.storage import jit_cache, stores
 from train import errors, finetune
 from train.loop import distributed, models
 from train.recipe import FinetuneConfig, parse, recipe_fields
 
-Stage = Mapping[str, Any]  # fields of FinetuneConfig
+Stage = Mapping[str, Any]  # fields of FinetuneConfig, and `average`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,17 +57,26 @@ def run(config: FinetuneConfig, stages: Sequence[Stage], card: str = "") -> str 
     origin = current.origin
     for number, recipe in enumerate(recipes):
         if number:
-            before = models.trained_memory(recipes[number - 1].out)
+            before = learned(recipes, stages, number)
             current = current._replace(memory=models.weakened(recipe, current.config, before))
             origin = models.lineage(current)
         current = current._replace(config=recipe.student(current.config, remembers=True))
         finetune.run(recipe, current._replace(origin=origin))
-    current = current._replace(memory=models.trained_memory(recipes[-1].out))
+    current = current._replace(memory=learned(recipes, stages, len(stages)))
     path = stores.join(config.out, "memory.safetensors")
     if distributed.main_process():
         memory_file.save(path, current.config, current.memory, card)
     distributed.wait_for_all("the memory is written")
     return path
+
+
+def learned(recipes: Sequence[FinetuneConfig], stages: Sequence[Stage], number: int) -> lm.Params:
+    """The memory after stage `number`, counted from 1, which has run."""
+    memory = models.trained_memory(recipes[number - 1].out)
+    if "average" not in stages[number - 1]:
+        return memory
+    earlier, share = stages[number - 1]["average"]
+    return jax.tree.map(lambda old, new: share * old + (1 - share) * new, learned(recipes, stages, earlier), memory)
 
 
 def make_recipes(config: FinetuneConfig, stages: Sequence[Stage]) -> list[FinetuneConfig]:
@@ -71,10 +86,14 @@ def make_recipes(config: FinetuneConfig, stages: Sequence[Stage]) -> list[Finetu
     recipes = []
     for number, stage in enumerate(stages, 1):
         try:
-            if unknown := sorted(set(stage) - {field.name for field in dataclasses.fields(FinetuneConfig)}):
+            fields = {name: value for name, value in stage.items() if name != "average"}
+            if unknown := sorted(set(fields) - {field.name for field in dataclasses.fields(FinetuneConfig)}):
                 raise ValueError(f"no recipe has {' or '.join(unknown)}")
+            earlier, share = average = stage.get("average", (0, 0.5))
+            if "average" in stage and not (1 <= earlier < number and 0 < share < 1):
+                raise ValueError(f"average={average} must be an earlier stage's number and a share between 0 and 1")
             out = os.fspath(stores.join(config.out, f"stage-{number}")) if config.out else ""
-            recipes.append(dataclasses.replace(config, **stage, out=out, export=False))
+            recipes.append(dataclasses.replace(config, **fields, out=out, export=False))
             recipes[-1].check()
         except ValueError as error:
             raise ValueError(f"stage {number}: {error}") from None
