@@ -169,8 +169,8 @@ def attend(
     def kernel(q, k, v, segment_ids, norms, rope, *traced):
         size = dict(zip(names, traced, strict=True))
         options = dict(segment_ids=segment_ids, scale=math.log(2), implementation=implementation)
-        other = None if implementation == "triton" else implementation
-        turn = functools.partial(pallas_kernels.norm_rope, rope=rope, eps=eps, offset=offset, implementation=other)
+        plain = implementation if implementation in ("xla", "reference") else None  # else what serves
+        turn = functools.partial(pallas_kernels.norm_rope, rope=rope, eps=eps, offset=offset, implementation=plain)
         q = turn(q, norms[0], factor=scale * math.log2(math.e))  # so that kernels find scores in base 2
         return pallas_kernels.swa_attention(q, turn(k, norms[1], rows=True), v, **options, **(fixed | size))
 
