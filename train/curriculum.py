@@ -89,9 +89,12 @@ def make_recipes(config: FinetuneConfig, stages: Sequence[Stage]) -> list[Finetu
             fields = {name: value for name, value in stage.items() if name != "average"}
             if unknown := sorted(set(fields) - {field.name for field in dataclasses.fields(FinetuneConfig)}):
                 raise ValueError(f"no recipe has {' or '.join(unknown)}")
-            earlier, share = average = stage.get("average", (0, 0.5))
-            if "average" in stage and not (1 <= earlier < number and 0 < share < 1):
-                raise ValueError(f"average={average} must be an earlier stage's number and a share between 0 and 1")
+            if "average" in stage:
+                earlier, share = stage["average"]
+                if not (1 <= earlier < number and 0 < share < 1):
+                    raise ValueError(
+                        f"average={earlier, share} must be an earlier stage's number and a share between 0 and 1"
+                    )
             out = os.fspath(stores.join(config.out, f"stage-{number}")) if config.out else ""
             recipes.append(dataclasses.replace(config, **fields, out=out, export=False))
             recipes[-1].check()

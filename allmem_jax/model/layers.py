@@ -288,7 +288,9 @@ class Attention(nn.Module):
         counts = {"q": c.n_heads, "k": c.n_kv_heads, "v": c.n_kv_heads}
         each = [Linear(count * c.head_dim, c.qkv_bias, name=f"{name}_proj") for name, count in counts.items()]
         q, k, v = (part.reshape(*x.shape[:2], -1, c.head_dim) for part in linears(x, each))
-        norms = [Scale(c.norm_offset, name=f"{name}_norm")(c.head_dim) if c.qk_norm else None for name in "qk"]
+        norms: Any = (None, None)
+        if c.qk_norm:
+            norms = tuple(Scale(c.norm_offset, name=f"{name}_norm")(c.head_dim) for name in "qk")
         rope, window, sinks = shared.rope, shared.window, shared.sinks
         if window is None:
             window, sinks = x.shape[1], 0
@@ -298,14 +300,13 @@ class Attention(nn.Module):
             window = jnp.where(is_local, jnp.minimum(window, c.local_window), window)
             sinks = jnp.where(is_local, 0, sinks)
         sizes: Any = {"window": window, "sinks": sinks, "scale": scale, "implementation": self.implementation}
-        turn: Any = {"eps": c.norm_eps, "offset": c.norm_offset}
+        turn: Any = {"rope": rope, "eps": c.norm_eps, "offset": c.norm_offset}
         new = None
         if state is None:
-            turn |= {"norms": tuple(norms), "rope": rope}
-            out = functional.attend(q, k, v, segment_ids=shared.segment_ids, **turn, **sizes)
+            out = functional.attend(q, k, v, segment_ids=shared.segment_ids, norms=norms, **turn, **sizes)
         else:
-            turn |= {"implementation": "xla"}  # the cache wants keys outside of kernels
-            q, k = (pallas_kernels.norm_rope(x, norm, rope, **turn) for x, norm in zip((q, k), norms, strict=True))
+            turn["implementation"] = "xla"  # the cache wants keys outside of kernels
+            q, k = (pallas_kernels.norm_rope(x, norm, **turn) for x, norm in zip((q, k), norms, strict=True))
             cache = (state.keys, state.values) if shared.caches is None else shared.caches
             sizes |= {"sink_slots": c.sinks, "layer": None if shared.caches is None else layer}
             out = functional.attend_cached(q, k, v, cache, shared.position, shared.lengths, **sizes)

@@ -53,7 +53,8 @@ def norm_rope(
     _check(x, scale, cos, sin)
     if implementation == "triton":
         raise NotImplementedError("norm_rope: there are no Triton kernels, as XLA fuses it on GPUs; use None")
-    worth = ("pallas",) if x.shape[1] >= backends.SHORTEST_FOR_KERNELS else ()
+    something = scale is not None or rope is not None
+    worth = ("pallas",) if something and x.shape[1] >= backends.SHORTEST_FOR_KERNELS else ()
     serving = backends.serving("norm_rope", implementation, x, pallas_tpu.why_not(x), worth)
     if implementation == "reference":
         return reference.norm_rope(eps, offset, factor, x, scale, cos, sin)

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels import tpu_tokens
 from pallas_kernels.rope import xla
 
 LANES = 128
@@ -66,7 +67,7 @@ def _call(kernel, inputs, scale, cos, sin, rows):
     padded = length + -length % LANES
     tokens = math.gcd(padded, TOKENS)
     some = math.gcd(heads, max(BYTES // (dim * tokens * inputs[0][0].dtype.itemsize), 1))
-    parts = [_laid_out(x, in_rows) for x, in_rows in inputs]
+    parts = [tpu_tokens.rows(x, LANES) if in_rows else tpu_tokens.columns(x, LANES) for x, in_rows in inputs]
     column = pl.BlockSpec((None, some, dim, tokens), lambda b, t, h: (b, h, 0, t))
     row = pl.BlockSpec((None, some, tokens, dim), lambda b, t, h: (b, h, t, 0))
     table = pl.BlockSpec((None, dim // 2, tokens), lambda b, t, h: (b, 0, t))
@@ -75,7 +76,7 @@ def _call(kernel, inputs, scale, cos, sin, rows):
         parts.append(scale.astype(jnp.float32)[:, None])
         specs.append(pl.BlockSpec((dim, 1), lambda b, t, h: (0, 0)))
     if cos is not None:
-        parts += [_padded(jnp.swapaxes(x.astype(jnp.float32), 1, 2), 2) for x in (cos, sin)]
+        parts += [tpu_tokens.padded(jnp.swapaxes(x.astype(jnp.float32), 1, 2), 2, LANES) for x in (cos, sin)]
         specs += [table, table]
 
     def block(*refs):
@@ -91,9 +92,9 @@ def _call(kernel, inputs, scale, cos, sin, rows):
                     ref[head, at, :].astype(jnp.float32).T if in_rows else ref[head, :, at].astype(jnp.float32)
                     for ref, (_, in_rows) in zip(arrays, inputs, strict=True)
                 ]
-                factor = None if scale is None else constants[0][...]
+                scales = None if scale is None else constants[0][...]
                 angles = (None, None) if cos is None else (ref[:, at] for ref in constants[-2:])
-                result = kernel(*wide, factor, *angles, out.dtype)
+                result = kernel(*wide, scales, *angles, out.dtype)
                 if rows:
                     out[head, at, :] = result.T.astype(out.dtype)
                 else:
@@ -109,7 +110,7 @@ def _call(kernel, inputs, scale, cos, sin, rows):
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",) * 3),
         name="norm_rope" + kernel.func.__name__,
     )(*parts)
-    return out[:, :, :length].transpose(0, 2, 1, 3) if rows else out[..., :length].transpose(0, 3, 1, 2)
+    return tpu_tokens.from_rows(out, length) if rows else tpu_tokens.from_columns(out, length)
 
 
 def _forward_kernel(eps, offset, factor, x, scale, cos, sin, dtype):
@@ -133,14 +134,3 @@ def _rotated(x, cos, sin):
     """x [D, C] and tables [D / 2, C] -> [D, C]."""
     first, second = jnp.split(x, 2, axis=0)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=0)
-
-
-def _laid_out(x, rows):
-    """[B, L, H, D] -> [B, H, L, D] if `rows`, else [B, H, D, L]; L filled with zeros."""
-    return _padded(x.transpose(0, 2, 1, 3), 2) if rows else _padded(x.transpose(0, 2, 3, 1), 3)
-
-
-def _padded(x, axis):
-    padding = [(0, 0)] * x.ndim
-    padding[axis] = 0, -x.shape[axis] % LANES
-    return jnp.pad(x, padding)

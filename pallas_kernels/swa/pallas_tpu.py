@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels import dots
+from pallas_kernels import dots, tpu_tokens
 from pallas_kernels.swa import tpu_columns, tpu_visits
 
 VMEM_BYTES = 48 * 2**20
@@ -70,7 +70,7 @@ def backward(blocks, scale, residuals, d_out):
     (d_q,) = _call(kernel, blocks, plan, plan.by_query, inputs, [like_queries], [columns])
     scratch = [(blocks.key, keys.shape[-1])] * 2
     d_k, d_v = _call(_key_gradient_kernel, blocks, plan, plan.by_key, inputs, [like_keys, like_keys], scratch)
-    d_k, d_v = (jnp.swapaxes(x, 1, 2)[:, : k.shape[1]] for x in (d_k, d_v))
+    d_k, d_v = (tpu_tokens.from_rows(x, k.shape[1]) for x in (d_k, d_v))
     return tpu_columns.from_columns(d_q, q.shape), d_k, d_v
 
 
@@ -260,9 +260,7 @@ def _columns(blocks, x, heads):
 
 
 def _rows(blocks, x):
-    """[B, L, Hkv, D] -> [B, Hkv, L, D]; the tail is filled with zeros."""
-    padding = -x.shape[1] % max(blocks.query, blocks.key)
-    return jnp.pad(jnp.swapaxes(x, 1, 2), [(0, 0), (0, 0), (0, padding), (0, 0)])
+    return tpu_tokens.rows(x, max(blocks.query, blocks.key))
 
 
 def _iota(shape, axis):

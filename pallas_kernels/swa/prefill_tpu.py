@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels import dots
+from pallas_kernels import dots, tpu_tokens
 from pallas_kernels.swa import ring, tpu_columns
 
 KEYS = 512  # of a block
@@ -32,7 +32,7 @@ def attend(sink_slots, scale, q, k, v, keys, values, position, lengths, window, 
     tokens = min(max(COLUMNS // group // 128 * 128, 128), -(-length // 128) * 128)
     queries = tpu_columns.queries(q, scale, kv_heads, tokens)
     cached = [jnp.swapaxes(x, 1, 2) for x in (keys, values)]
-    new = [jnp.pad(jnp.swapaxes(x, 1, 2), [(0, 0), (0, 0), (0, -length % new_size), (0, 0)]) for x in (k, v)]
+    new = [tpu_tokens.rows(x, new_size) for x in (k, v)]
     blocks = ring.blocks_in_sight(size, sink_slots, count, position, window, sinks)
     most = blocks.shape[1]
 

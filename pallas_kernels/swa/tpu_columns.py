@@ -15,7 +15,7 @@ import math
 
 import jax.numpy as jnp
 
-from pallas_kernels import dots
+from pallas_kernels import dots, tpu_tokens
 
 MASKED = -1e30
 COLUMNS = 256  # at a time, so that one part's weights overlap with another's output
@@ -30,15 +30,14 @@ def queries(q, scale, heads, multiple):
 
 def columns(x, heads, multiple):
     """[B, L, Hq, X] -> [B, Hkv, G, X, L], L filled with zeros to a multiple of `multiple`."""
-    batch, length, query_heads, dim = x.shape
-    x = jnp.pad(x.transpose(0, 2, 3, 1), [(0, 0), (0, 0), (0, 0), (0, -length % multiple)])
-    return x.reshape(batch, heads, query_heads // heads, dim, -1)
+    batch, _, query_heads, dim = x.shape
+    return tpu_tokens.columns(x, multiple).reshape(batch, heads, query_heads // heads, dim, -1)
 
 
 def from_columns(x, shape):
     """[B, Hkv, G, D, L] -> [B, L, Hq, D] of `shape`."""
     batch, length, query_heads, dim = shape
-    return x.reshape(batch, query_heads, dim, -1)[..., :length].transpose(0, 3, 1, 2)
+    return tpu_tokens.from_columns(x.reshape(batch, query_heads, dim, -1), length)
 
 
 def joined(block):
