@@ -2,12 +2,13 @@
 
 A row of prose says little about what a memory holds, as most of what follows depends on the last words alone. In a
 lesson every answer depends on something that was said before, and the text itself is the authority on it, not the
-original model, which may be wrong. Four kinds, with words and names of the texts themselves:
+original model, which may be wrong. Five kinds, with words and names of the texts themselves:
 
     facts        "The secret word of NAME is WORD.", one or many, in the midst of prose
     pairs        a list of "WORD: WORD", whose first words are given again
     variables    "X = 12345.", "Y = X.", and which variables have that value
     quotes       some words of the prose, to be continued
+    clues        a name or number of the prose, asked for by words that stand near it
 
 L tokens of a row
 """
@@ -25,12 +26,13 @@ from allmem_jax.checkpoints import tokenizer as tokenizer_lib
 from allmem_jax.evaluation import haystacks, questions
 from train.data import stream
 
-KINDS = {"facts": 0.4, "pairs": 0.2, "variables": 0.1, "quotes": 0.3}  # shares of the lessons
+KINDS = {"facts": 0.4, "pairs": 0.2, "variables": 0.1, "quotes": 0.3, "clues": 0.3}  # in these proportions
 CHAT = 0.3  # share of the lessons that are a conversation, where the tokenizer has a template
 FULL = 0.6  # of a row, at most, is not prose
 MOST = 40  # facts of a row
 CHAIN = 3  # variables of one value
 CUE, ANSWER = 8, 12  # tokens of a quotation that are given, and that follow
+BEFORE, AFTER, NEAR, LED = 12, 6, 3, 5  # words about a name that it may be asked for by, how many are, and lead to it
 THINGS = ("secret word", "secret word", "password", "favourite word", "code", "nickname", "second name", "treasure")
 _SCANNED = 20_000  # tokens of a document that words and names are taken from
 
@@ -158,21 +160,20 @@ class Lessons:
         kind = str(rng.choice(list(self._kinds), p=weights / weights.sum()))
         frame = self._chat if rng.random() < CHAT else self._plain
         room = int(FULL * self._length * rng.uniform(0.2, 1)) - len(frame.head)
-        told, asked = self._fill(kind, rng, room, frame)
+        prose = self._cut(rng, self._length + 1 - len(frame.head))
+        told, asked = self._fill(kind, rng, room, frame, prose[: len(prose) - room])
         before = [frame.first, *[frame.then] * (len(asked) - 1)]
         taken = sum(map(len, [frame.head, *told, *before, *itertools.chain(*asked)])) + len(asked) * len(frame.answer)
+        if not asked:  # no name in all of the prose
+            return self._prose(rng)
         size = self._length + 1 - taken
-        least = 1 + CUE + ANSWER if kind == "quotes" else 1  # tokens of prose
-        if size < least:
+        if size < 1:
             raise ValueError(
-                f"seq_length={self._length} is too short for lessons: one of {kind!r} takes {taken} tokens, and "
-                f"{least} or more must be prose"
+                f"seq_length={self._length} is too short for lessons: one of {kind!r} takes {taken} tokens, and some "
+                "must be prose"
             )
         places = np.sort(rng.integers(0, size * 9 // 10 + 1, len(told))).tolist()
-        body, _ = haystacks.weave(self._cut(rng, size), list(zip(places, told, strict=True)))
-        if kind == "quotes":
-            starts = rng.integers(0, len(body) - CUE - ANSWER, len(asked)).tolist()
-            asked = [self._quote(body[start : start + CUE + ANSWER], frame.lead) for start in starts]
+        body, _ = haystacks.weave(prose[:size], list(zip(places, told, strict=True)))
         tokens, answers = [*frame.head, *body], [False] * (len(frame.head) + len(body))
         for lead, (question, opening, answer) in zip(before, asked, strict=True):
             given = [*lead, *question, *frame.answer, *opening]
@@ -181,12 +182,12 @@ class Lessons:
         return tokens, answers
 
     def _fill(
-        self, kind: str, rng: np.random.Generator, room: int, frame: Frame
+        self, kind: str, rng: np.random.Generator, room: int, frame: Frame, prose: list[int]
     ) -> tuple[list[list[int]], list[Asked]]:
         """Passages and questions of a kind, as many as `room` tokens hold but one at least, the questions shuffled."""
         told: list[list[int]] = []
         asked: list[Asked] = []
-        for passages, question in getattr(self, f"_{kind}")(rng, frame.lead):
+        for passages, question in getattr(self, f"_{kind}")(rng, frame.lead, prose):
             room -= sum(map(len, [*passages, *question, frame.then, frame.answer]))
             if room < 0 and asked:
                 break
@@ -196,7 +197,7 @@ class Lessons:
             told = [[*self._encode("\n"), *itertools.chain(*told), *self._encode("\n")]]
         return told, [asked[index] for index in rng.permutation(len(asked))]
 
-    def _facts(self, rng: np.random.Generator, lead: str) -> Facts:
+    def _facts(self, rng: np.random.Generator, lead: str, prose: list[int]) -> Facts:
         thing = THINGS[rng.integers(len(THINGS))]
         for name in _some(rng, self._names, MOST):
             value = (
@@ -211,7 +212,7 @@ class Lessons:
             )
             yield [self._encode(told)], question
 
-    def _pairs(self, rng: np.random.Generator, lead: str) -> Facts:
+    def _pairs(self, rng: np.random.Generator, lead: str, prose: list[int]) -> Facts:
         words = _some(rng, self._words, 2 * MOST)
         for key, value in zip(words[::2], words[1::2], strict=True):
             yield (
@@ -219,7 +220,7 @@ class Lessons:
                 self._asked(f"{lead}What is {key}?", f"{lead}{key}:", f" {value}"),
             )
 
-    def _variables(self, rng: np.random.Generator, lead: str) -> Facts:
+    def _variables(self, rng: np.random.Generator, lead: str, prose: list[int]) -> Facts:
         letters = (list("BDFGKLMNPRSTVZ"), list("AEIOU"), list("BDFGKLMNPRSTVZ"))
         while True:
             names = ["".join(str(rng.choice(part)) for part in letters) for _ in range(CHAIN)]
@@ -230,13 +231,27 @@ class Lessons:
             answer = f" {', '.join(names[:-1])} and {names[-1]}."
             yield [self._encode(questions.paragraph(x)) for x in told], self._asked(question, opening, answer)
 
-    def _quotes(self, rng: np.random.Generator, lead: str) -> Facts:
-        """Stand-ins, as what is quoted is prose that is yet to be cut."""
-        while True:
-            yield [], self._quote([0] * (CUE + ANSWER), lead)
+    def _quotes(self, rng: np.random.Generator, lead: str, prose: list[int]) -> Facts:
+        while len(prose) > CUE + ANSWER:
+            words = prose[int(rng.integers(len(prose) - CUE - ANSWER)) :]
+            question = self._encode(f"{lead}How does it go on?")
+            yield [], Asked(question, words[:CUE], words[CUE : CUE + ANSWER])
 
-    def _quote(self, words: Sequence[int], lead: str) -> Asked:
-        return Asked(self._encode(f"{lead}How does it go on?"), words[:CUE], words[CUE:])
+    def _clues(self, rng: np.random.Generator, lead: str, prose: list[int]) -> Facts:
+        words = str(self._tokenizer.decode(prose)).split()
+        common = {word.strip(".,;:!?") for word in words if word[0].islower()}
+        for place in rng.permutation(np.arange(LED, max(LED, len(words) - AFTER))):
+            name = re.match(r"[A-Z][a-z]{2,}( [A-Z][a-z]{2,})?\b|[0-9][0-9,]*[0-9]", " ".join(words[place : place + 2]))
+            about = (*words[max(0, place - BEFORE) : place], *words[place + 1 : place + AFTER])
+            near = sorted({word for word in about if re.fullmatch(r"[a-z]{4,}", word)})
+            if not name or len(near) < NEAR or not re.search(r"[a-z],?$", words[place - 1]):
+                continue
+            if name[0].split()[0].lower() in common:  # a line's first word
+                continue
+            *most, last = (f'"{word}"' for word in _some(rng, near, NEAR))
+            before = " ".join(words[place - int(rng.integers(LED + 1)) : place]) or "It is"
+            question = f"{lead}What is named with {', '.join(most)} and {last}?"
+            yield [], self._asked(question, f"{lead}{before}", f" {name[0]}.")
 
     def _asked(self, *texts: str) -> Asked:
         return Asked(*map(self._encode, texts))
