@@ -10,6 +10,7 @@ from pallas_kernels import triton_call
 
 BACKENDS = ("xla", "pallas", "triton", "reference")
 SHORTEST_FOR_KERNELS = 16  # tokens; below, a kernel's blocks are mostly padding
+ATTENTION = "attention"  # what attention found, to policies of `jax.checkpoint`: dear to compute, cheap to keep
 
 
 def serving(

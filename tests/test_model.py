@@ -395,7 +395,7 @@ def test_model_refuses_what_it_cannot_mean():
         lm.AllMemLM(TINY).apply({"params": params}, tokens[0])
 
 
-@pytest.mark.parametrize("remat", ["dots", "none"])
+@pytest.mark.parametrize("remat", ["attention", "dots", "none"])
 def test_what_a_layer_keeps_changes_no_gradient(remat):
     tokens = jnp.asarray(np.random.default_rng(0).integers(0, TINY.vocab_size, (2, 24)))
     params = lm.init_params(TINY)
@@ -406,3 +406,16 @@ def test_what_a_layer_keeps_changes_no_gradient(remat):
 
     for got, want in zip(*map(jax.tree.leaves, (gradient(TINY.replace(remat=remat)), gradient(TINY))), strict=True):
         assert np.linalg.norm(got - want) <= 1e-5 * np.linalg.norm(want)
+
+
+def test_attention_whose_result_is_kept_is_not_computed_again():
+    def loops(remat):
+        config = TINY.replace(remat=remat, mixer="swa")  # its attention's loops are all there are within a layer
+        loss = lambda params, x: jnp.sum(jnp.square(lm.AllMemLM(config).apply({"params": params}, x)))  # noqa: E731
+        params = jax.eval_shape(lambda: lm.random_params(config))
+        return (
+            jax.jit(jax.grad(loss)).lower(params, jnp.zeros((1, 600), jnp.int32)).compile().as_text().count(" while(")
+        )
+
+    once = loops("none")
+    assert loops("attention") == loops("dots") == once < loops("layer")

@@ -165,8 +165,9 @@ class FinetuneConfig:
     """Of activations. The memory's parameters and its fast weights are float32 in any case."""
     backbone_dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the frozen parameters."""
-    remat: Literal["layer", "dots", "none"] = "layer"
-    """What a layer keeps for its backward pass: its input alone, also the results of projections, or everything."""
+    remat: Literal["layer", "attention", "dots", "none"] = "layer"
+    """What a layer keeps for its backward pass: its input alone, also what attention found, also the results of
+    projections, or everything."""
     mesh: tuple[int, int, int, int] = (1, 1, 1, 1)
     """Devices along data, fsdp, tensor and context; -1 on one axis takes what the others leave. Heads are split over
     tensor and context inside the mixers, so more of these two than the model has key heads repeat work."""

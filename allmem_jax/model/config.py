@@ -104,8 +104,8 @@ class ModelConfig:
 
     Arithmetic:
       dtype: "float32" or "bfloat16", of activations and matmul inputs; fast weights are always float32.
-      remat: what a layer keeps for its backward pass: "layer" its input alone, "dots" also the results of its
-        projections, "none" everything.
+      remat: what a layer keeps for its backward pass: "layer" its input alone, "attention" also what attention found,
+        "dots" also the results of its projections, "none" everything.
 
     Text:
       eos_tokens: ids that end a text or a turn, sorted; `load_pretrained` collects them. They change no arithmetic: a
@@ -200,7 +200,7 @@ class ModelConfig:
         _one_of("read_out", self.read_out, ("difference", "full"))
         _one_of("qk_scale", self.qk_scale, ("l2", "rms"))
         _one_of("dtype", self.dtype, ("float32", "bfloat16"))
-        _one_of("remat", self.remat, ("layer", "dots", "none"))
+        _one_of("remat", self.remat, ("layer", "attention", "dots", "none"))
         if self.mixer in ("mamba2", "delta"):
             _ = self.linear_state_shape  # a ValueError where the budget leaves no room
         if self.mixer == "allmem" and self.window < self.chunk:

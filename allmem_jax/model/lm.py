@@ -15,6 +15,7 @@ import numpy as np
 from allmem_jax.model import config as config_lib
 from allmem_jax.model import decoder, functional, layers, sharding
 from allmem_jax.model import state as state_lib
+from pallas_kernels import backends
 
 Params = dict[str, Any]
 
@@ -106,7 +107,10 @@ def _rematerialised(policy: str) -> Any:
     """The decoder layer, saving for its backward pass what `ModelConfig.remat` says."""
     if policy == "none":
         return decoder.DecoderLayer
-    saved = {"layer": None, "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}[policy]
+    kinds = jax.checkpoint_policies
+    attention = kinds.save_only_these_names(backends.ATTENTION)
+    dots = kinds.save_from_both_policies(attention, kinds.dots_with_no_batch_dims_saveable)
+    saved = {"layer": None, "attention": attention, "dots": dots}[policy]
     return nn.remat(decoder.DecoderLayer, prevent_cse=False, policy=saved)
 
 

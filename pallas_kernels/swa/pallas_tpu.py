@@ -17,10 +17,11 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels import dots, tpu_tokens
+from pallas_kernels import backends, dots, tpu_tokens
 from pallas_kernels.swa import tpu_columns, tpu_visits
 
 VMEM_BYTES = 48 * 2**20
@@ -41,7 +42,7 @@ def forward(blocks, scale, q, k, v, window, sinks, segment_ids):
     queries = _queries(blocks, scale, q, k.shape[2])
     *outer, dim, length = queries.shape
     columns = queries.shape[2] * blocks.query
-    out, lse = _call(
+    found = _call(
         _forward_kernel,
         blocks,
         plan,
@@ -50,6 +51,7 @@ def forward(blocks, scale, q, k, v, window, sinks, segment_ids):
         [jax.ShapeDtypeStruct(queries.shape, q.dtype), jax.ShapeDtypeStruct((*outer, 1, length), jnp.float32)],
         [(dim, columns), (1, columns), (1, columns)],
     )
+    out, lse = (checkpoint_name(x, backends.ATTENTION) for x in found)
     out = tpu_columns.from_columns(out, q.shape)
     return out, (q, k, v, window, sinks, segment_ids, out, lse)
 

@@ -18,8 +18,9 @@ import jax
 import jax.numpy as jnp
 import triton
 import triton.language as tl
+from jax.ad_checkpoint import checkpoint_name
 
-from pallas_kernels import triton_call
+from pallas_kernels import backends, triton_call
 from pallas_kernels.swa import documents
 
 
@@ -60,7 +61,7 @@ def forward(blocks: Tiles, scale, q, k, v, window, sinks, segment_ids):
     batch, length, heads, dim = q.shape
     query = _pad(q)
     limit, spans = _plan(blocks.forward, q, window, sinks, segment_ids)
-    out, lse = _call(
+    found = _call(
         _forward_kernel,
         (query, _pad(k), _pad(v), limit, spans),
         [jax.ShapeDtypeStruct(query.shape, q.dtype), jax.ShapeDtypeStruct((batch, heads, length), jnp.float32)],
@@ -68,6 +69,7 @@ def forward(blocks: Tiles, scale, q, k, v, window, sinks, segment_ids):
         blocks.forward,
         scale,
     )
+    out, lse = (checkpoint_name(x, backends.ATTENTION) for x in found)
     out = _blank(out[..., :dim], segment_ids)
     return out, (q, k, v, window, sinks, segment_ids, out, lse)
 

@@ -13,8 +13,9 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
-from pallas_kernels import dots
+from pallas_kernels import backends, dots
 from pallas_kernels.swa import documents
 
 MASKED = -1e30
@@ -96,7 +97,8 @@ def forward(blocks, scale, q, k, v, window, sinks, segment_ids):
         return None, ((out / total[..., None]).astype(q.dtype), top + jnp.log(total))
 
     index = jnp.arange(queries.shape[0], dtype=jnp.int32)
-    _, (out, lse) = jax.lax.scan(step, None, (index, queries, starts))
+    _, found = jax.lax.scan(step, None, (index, queries, starts))
+    out, lse = (checkpoint_name(x, backends.ATTENTION) for x in found)
     out = _from_blocks(out, q.shape)
     if segment_ids is not None:
         out = jnp.where((segment_ids != 0)[:, :, None, None], out, 0)
