@@ -84,6 +84,17 @@ def test_rope_compiles(name, dim, length, rows, dtype):
     assert "norm_rope_forward_kernel" in text and "norm_rope_backward_kernel" in text
 
 
+@needs_tpu
+@pytest.mark.parametrize("name", topology.SMALLEST)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "heads,dim,length,documents", [(3, 64, 8192, True), (8, 64, 200, False), (16, 128, 8192, False)]
+)
+def test_conv_compiles(name, heads, dim, length, packed, dtype):
+    text = compiling.conv(name, heads, dim, dtype, length, documents=packed).as_text()
+    assert "conv_norm_forward_kernel" in text and "conv_norm_backward_kernel" in text
+
+
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from allmem_jax.checkpoints import start
 from allmem_jax.model import config as config_lib
 from allmem_jax.model import decoder, functional, layers, lm
 from allmem_jax.model import memory as memory_lib
+from pallas_kernels import norms
 
 pytestmark = pytest.mark.core
 SAME = config_lib.ModelConfig(
@@ -134,7 +135,7 @@ def test_it_reads_what_followed():
         x = functional.linear(inputs, memory[f"{name}_proj"]["kernel"])
         return functional.causal_conv(x, memory[f"{name}_conv"]["kernel"], None)[:, :, None]
 
-    q, k, v = functional.l2_normalise(part("q")), functional.l2_normalise(part("k")), part("v")
+    q, k, v = norms.l2_normalise(part("q")), norms.l2_normalise(part("k")), part("v")
     init = pallas_kernels.FastWeights(memory["fast_gate"], memory["fast_up"], memory["fast_down"])
     rates = jnp.full((1, 15, 1, 3), 0.05), jnp.full((1, 15, 1), 0.5)
     out, _ = pallas_kernels.ttt_memory(q, k, v, *rates, init, chunk_size=8, read_out="difference")

@@ -31,6 +31,7 @@ from allmem_jax.model import config as config_lib
 from allmem_jax.model import decoder, functional
 from allmem_jax.model import layers as layers_lib
 from allmem_jax.model import lm as lm_lib
+from pallas_kernels import norms
 
 MOVED = 0.3  # share of the read-out that what was written moves, in every layer
 WARM_UP = 256  # tokens before which little was written
@@ -265,8 +266,8 @@ def _rate(config: config_lib.ModelConfig, memory: Any, inputs: jax.Array) -> tup
         return functional.causal_conv(projected, memory[f"{name}_conv"]["kernel"], None).reshape(shape)
 
     def unit(name: str) -> jax.Array:
-        x = functional.rms_norm(part(name), memory[f"{name}_norm"]["scale"], config.norm_eps)
-        return functional.l2_normalise(x, norm)
+        x = norms.rms_norm(part(name), memory[f"{name}_norm"]["scale"], config.norm_eps)
+        return norms.l2_normalise(x, norm)
 
     q, k, v = unit("q"), unit("k"), part("v")
     init = pallas_kernels.FastWeights(memory["fast_gate"], memory["fast_up"], memory["fast_down"])

@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 
 from allmem_jax.model import config as config_lib
-from allmem_jax.model import functional, layers, linear_memory
+from allmem_jax.model import layers, linear_memory
+from pallas_kernels import norms
 
 
 def decay_init(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
@@ -76,7 +77,7 @@ class GatedDelta(nn.Module):
         beta = beta if c.write else 0.0 * beta
         step = nn.softplus(layers.Linear(heads, True, bias_init=step_init, name="decay_proj")(x).astype(jnp.float32))
         log_decay = -jnp.exp(self.param("A_log", decay_init, (heads,))) * step
-        q, k = functional.l2_normalise(q), functional.l2_normalise(k)
+        q, k = norms.l2_normalise(q), norms.l2_normalise(k)
         out, after = linear_memory.gated_delta(q, k, v, log_decay, beta, *_past(x, state, shared))
         _report_linear(self, beta, log_decay, after)
         out = layers.RMSNorm(c.norm_eps, name="out_norm")(out).reshape(*x.shape[:2], width)

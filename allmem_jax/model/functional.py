@@ -8,7 +8,6 @@ Only this file calls the kernels. Axes:
 
 import functools
 import math
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -18,56 +17,13 @@ from jax.sharding import PartitionSpec
 import pallas_kernels
 from allmem_jax.model import config as config_lib
 from allmem_jax.model import sharding
-from pallas_kernels import dots
+from pallas_kernels import conv, dots, norms
 from pallas_kernels.swa import prefill, ring
 from pallas_kernels.ttt import decode
 
 # How arrays are split over rows and heads: [B, L, heads, ...], [B, ...], [B, heads, ...], and not at all.
 TOKENS, ROWS = PartitionSpec("rows", None, "heads"), PartitionSpec("rows")
 ROW_HEADS, EVERY = PartitionSpec("rows", "heads"), PartitionSpec()
-EPS = 1e-6  # on a sum of squares
-
-
-def recomputed(function: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
-    """`function`, of which the backward pass keeps the arguments alone.
-
-    For what is computed of each element, or of its neighbours: it costs less than to write it and read it again.
-    """
-    return jax.checkpoint(function, prevent_cse=False)
-
-
-def per_channel(x: jax.Array, like: jax.Array) -> jax.Array:
-    """x [F] as `like` [..., F]. Its gradient is one sum over all other axes, also those of size 1.
-
-    What a product broadcasts by itself is summed over the others only, which XLA does 20 times slower on CPUs.
-    """
-    return jnp.broadcast_to(x.astype(jnp.float32), like.shape)
-
-
-def rms_norm(
-    x: jax.Array, scale: jax.Array, eps: jax.Array | float, offset: float = 0.0, norm: float | None = None
-) -> jax.Array:
-    """x / rms(x) * (offset + scale) over the last axis, in float32 and back, and `l2_normalise`d if `norm` is given.
-
-    `eps`, on the mean square, may be [..., 1].
-    """
-
-    def normalise(x, scale, eps):
-        wide = x.astype(jnp.float32)
-        square = jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + eps
-        wide = wide * (offset + per_channel(scale, x))
-        if norm is not None:  # both sums at once: the norm of wide / sqrt(square) is that of wide, but for its own eps
-            square = (jnp.sum(jnp.square(wide), axis=-1, keepdims=True) + EPS * square) / norm**2
-        return (wide * jax.lax.rsqrt(square)).astype(x.dtype)
-
-    return recomputed(normalise)(x, scale, eps)
-
-
-def l2_normalise(x: jax.Array, norm: float = 1.0) -> jax.Array:
-    """x rescaled to `norm` over the last axis, in float32 and back."""
-    wide = x.astype(jnp.float32)
-    inverse = jax.lax.rsqrt(jnp.sum(jnp.square(wide), axis=-1, keepdims=True) + EPS)
-    return (wide * (norm * inverse)).astype(x.dtype)
 
 
 def gated(gate: jax.Array, up: jax.Array, activation: str) -> jax.Array:
@@ -76,7 +32,7 @@ def gated(gate: jax.Array, up: jax.Array, activation: str) -> jax.Array:
     def product(gate, up):
         return (jax.nn.silu(gate) if activation == "silu" else jax.nn.gelu(gate, approximate=True)) * up
 
-    return recomputed(product)(gate, up)
+    return norms.recomputed(product)(gate, up)
 
 
 def linear(x: jax.Array, kernel: Any, bias: jax.Array | None = None, scale: jax.Array | None = None) -> jax.Array:
@@ -91,8 +47,8 @@ def linear(x: jax.Array, kernel: Any, bias: jax.Array | None = None, scale: jax.
 
 def affine(y: jax.Array, bias: jax.Array | None, scale: jax.Array | None) -> jax.Array:
     """y * scale + bias, of y [..., out] and what is not None of the others [out]."""
-    y = y if scale is None else y * per_channel(scale, y)
-    return y if bias is None else y + per_channel(bias, y)
+    y = y if scale is None else y * norms.per_channel(scale, y)
+    return y if bias is None else y + norms.per_channel(bias, y)
 
 
 def logits(hidden: jax.Array, head: jax.Array | tuple[jax.Array, ...]) -> jax.Array:
@@ -278,7 +234,7 @@ def _later(x: jax.Array, lag: jax.Array | int) -> jax.Array:
 def causal_conv(
     x: jax.Array, kernel: jax.Array, tail: jax.Array | None, segment_ids: jax.Array | None = None
 ) -> jax.Array:
-    """Depthwise causal convolution: y[t] = sum_j kernel[K - 1 - j] * x[t - j].
+    """Depthwise causal convolution in plain JAX: y[t] = sum_j kernel[K - 1 - j] * x[t - j].
 
     Args:
       x: [B, L, F]; kernel: [K, F].
@@ -288,22 +244,36 @@ def causal_conv(
     Returns:
       [B, L, F] in x's dtype.
     """
-    taps, length = kernel.shape[0], x.shape[1]
-    if tail is None:
-        tail = jnp.zeros((x.shape[0], taps - 1, x.shape[2]), x.dtype)
+    return conv.plain(x, kernel, tail, None if segment_ids is None else conv.reach_of(segment_ids, kernel.shape[0]))
 
-    def conv(x, kernel, tail, segment_ids):
-        padded = jnp.concatenate([tail.astype(x.dtype), x], axis=1)
-        y = jnp.zeros(x.shape, jnp.float32)
-        for back in range(taps):
-            shifted = padded[:, taps - 1 - back : taps - 1 - back + length]
-            if segment_ids is not None and back:
-                before = jnp.pad(segment_ids, ((0, 0), (back, 0)), constant_values=-1)[:, :length]
-                shifted = jnp.where((before == segment_ids)[..., None], shifted, 0)
-            y = y + shifted.astype(jnp.float32) * per_channel(kernel[taps - 1 - back], x)
-        return y.astype(x.dtype)
 
-    return recomputed(conv)(x, kernel, tail, segment_ids)
+def conv_norm(
+    x: jax.Array,
+    kernel: jax.Array,
+    scale: jax.Array | None,
+    tail: jax.Array | None,
+    segment_ids: jax.Array | None,
+    *,
+    norm: float,
+    eps: float,
+    implementation: str | None = None,
+) -> jax.Array:
+    """`causal_conv` of x [B, L, N, D] by kernel [K, N D], and unless scale [D] is None its `norms.rms_norm`.
+
+    Without a tail it is a kernel; under a mesh then as `attend`.
+    """
+    if tail is not None:
+        y = causal_conv(x.reshape(*x.shape[:2], -1), kernel, tail).reshape(x.shape)
+        return y if scale is None else norms.rms_norm(y, scale, eps, norm=norm)
+    plain = implementation if implementation in ("xla", "reference") else None  # else what serves
+
+    def local(x, kernel, scale, segment_ids):
+        options: Any = dict(norm=norm, eps=eps, segment_ids=segment_ids, implementation=plain)
+        return pallas_kernels.conv_norm(x, kernel, scale, **options)
+
+    arguments = sharding.over_tokens(x, heads=True), kernel.reshape(-1, *x.shape[2:]), scale, segment_ids
+    where = TOKENS, PartitionSpec(None, "heads"), EVERY, ROWS
+    return sharding.over_rows_and_heads(local, arguments, where, TOKENS, x.shape[0], x.shape[2])
 
 
 def conv_tail(x: jax.Array, tail: jax.Array, lengths: jax.Array) -> jax.Array:
@@ -340,8 +310,8 @@ def remember(
     after = pallas_kernels.MemoryState._make((ROW_HEADS, ROW_HEADS, ROW_HEADS, ROW_HEADS, ROWS))
     before = None if state is None else after
     where = (TOKENS, TOKENS, TOKENS, TOKENS, TOKENS, PartitionSpec("heads"), before, ROWS, ROWS)
-    per_token = (sharding.over_tokens(x, heads=True) for x in (q, k, v, lr, momentum))
-    arguments = (*per_token, init, state, valid, reset)
+    rates = (sharding.over_tokens(x, heads=True) for x in (lr, momentum))
+    arguments = (q, k, v, *rates, init, state, valid, reset)
     out, state = sharding.over_rows_and_heads(kernel, arguments, where, (TOKENS, after), q.shape[0], q.shape[2])
     return sharding.over_tokens(out, heads=True), state
 

@@ -9,7 +9,7 @@ result.
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import pallas_kernels
 from allmem_jax.model import config as config_lib
 from allmem_jax.model import functional
-from pallas_kernels import dots
+from pallas_kernels import dots, norms
 from pallas_kernels.ttt import decode
 
 Rope = tuple[jax.Array, jax.Array]
@@ -218,18 +218,17 @@ class Head(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * (offset + scale) over the last axis, rescaled to `norm` afterwards unless that is None."""
+    """x / rms(x) * (offset + scale) over the last axis."""
 
     eps: float
     offset: float = 0.0
-    norm: float | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """Returns x's shape and dtype."""
         start = nn.initializers.constant(1.0 - self.offset)
         scale = self.param("scale", start, (x.shape[-1],))
-        return functional.rms_norm(x, scale, self.eps, self.offset, self.norm)
+        return norms.rms_norm(x, scale, self.eps, self.offset)
 
 
 class Scale(nn.Module):
@@ -251,21 +250,20 @@ class FlooredNorm(nn.Module):
         """x [..., N, D] -> its shape and dtype."""
         scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
         log_floor = self.param("log_floor", nn.initializers.constant(math.log(FLOOR)), (x.shape[-2],))
-        floor = jnp.exp(functional.per_channel(log_floor, x[..., 0]))
-        return functional.rms_norm(x, scale, jnp.square(floor)[..., None])
+        floor = jnp.exp(norms.per_channel(log_floor, x[..., 0]))
+        return norms.rms_norm(x, scale, jnp.square(floor)[..., None])
 
 
-class CausalConv(nn.Module):
-    """The kernel of a causal depthwise convolution."""
+class Taps(nn.Module):
+    """The kernel [taps, features] of a causal depthwise convolution."""
 
     taps: int
 
     @nn.compact
-    def __call__(self, x: jax.Array, tail: jax.Array | None, segment_ids: jax.Array | None) -> jax.Array:
-        """x [B, L, F], tail [B, K - 1, F] or None -> [B, L, F]."""
+    def __call__(self, features: int) -> jax.Array:
+        """Returns the parameter."""
         init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
-        kernel = self.param("kernel", init, (self.taps, x.shape[-1]))
-        return functional.causal_conv(x, kernel, tail, segment_ids)
+        return self.param("kernel", init, (self.taps, features))
 
 
 class Attention(nn.Module):
@@ -315,20 +313,27 @@ class Attention(nn.Module):
 
 
 def convolved(
-    c: config_lib.ModelConfig, x: jax.Array, state: LayerState | None, shared: Shared, /, **widths: int
+    c: config_lib.ModelConfig,
+    x: jax.Array,
+    state: LayerState | None,
+    shared: Shared,
+    /,
+    convolve: Callable[..., jax.Array] | None = None,
+    **widths: int,
 ) -> tuple[list[jax.Array], jax.Array | None]:
     """Projections of x [B, L, d], by name and width, each behind its causal convolution; and the tail after them.
 
-    To be called in a module: it owns the parameters NAME_proj and NAME_conv.
+    `convolve` (name, and the arguments of `functional.causal_conv`) may do more than that. To be called in a module: it
+    owns the parameters NAME_proj and NAME_conv.
     """
     raw = linears(x, [Linear(width, name=f"{name}_proj") for name, width in widths.items()])
     tails: Any = (None,) * len(raw)
     if state is not None:
         tails = jnp.split(state.conv, list(itertools.accumulate(widths.values()))[:-1], axis=-1)
-    out = [
-        CausalConv(c.conv_kernel, name=f"{name}_conv")(part, tail, shared.segment_ids)
-        for name, part, tail in zip(widths, raw, tails, strict=True)
-    ]
+    out = []
+    for name, part, tail in zip(widths, raw, tails, strict=True):
+        arguments = part, Taps(c.conv_kernel, name=f"{name}_conv")(widths[name]), tail, shared.segment_ids
+        out.append(functional.causal_conv(*arguments) if convolve is None else convolve(name, *arguments))
     if state is None:
         return out, None
     return out, functional.conv_tail(jnp.concatenate(raw, axis=-1), state.conv, shared.lengths)

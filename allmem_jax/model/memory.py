@@ -36,11 +36,14 @@ class Memory(nn.Module):
         c = self.config
         shape = (*x.shape[:2], c.memory_heads, c.d_mem)
         width = c.memory_heads * c.d_mem
-        parts, tail = layers.convolved(c, x, state, shared, q=width, k=width, v=width)
-        q, k, v = (part.reshape(shape) for part in parts)
-        length = 1.0 if c.qk_scale == "l2" else c.d_mem**0.5
-        q = layers.RMSNorm(c.norm_eps, norm=length, name="q_norm")(q)
-        k = layers.RMSNorm(c.norm_eps, norm=length, name="k_norm")(k)
+        options: Any = {"norm": 1.0 if c.qk_scale == "l2" else c.d_mem**0.5, "eps": c.norm_eps}
+        options["implementation"] = self.implementation
+        scales = {name: layers.Scale(name=f"{name}_norm")(c.d_mem) for name in "qk"}
+
+        def convolve(name, part, kernel, *rest):
+            return functional.conv_norm(part.reshape(shape), kernel, scales.get(name), *rest, **options)
+
+        (q, k, v), tail = layers.convolved(c, x, state, shared, convolve, q=width, k=width, v=width)
         lr, momentum = self._rates(x)
         there: jax.Array | bool = True
         waiting = None
@@ -118,22 +121,24 @@ class Memory(nn.Module):
 
 def _delayed(
     c: config_lib.ModelConfig, tokens: tuple[jax.Array, ...], state: layers.LayerState | None, shared: layers.Shared
-) -> tuple[list[jax.Array], jax.Array, jax.Array]:
+) -> tuple[list[jax.Array], jax.Array, jax.Array | None]:
     """What is written in the place of `tokens`, arrays [B, L, N, ...], when they wait until they leave the window.
 
     Returns:
       The same arrays of the tokens that leave; bool [B, L, 1, 1], whether there are such; and `tokens` as they wait,
-      [B, L, F'].
+      [B, L, F'], None without a state.
     """
     flat = [x.reshape(*x.shape[:2], -1) for x in tokens]
-    waiting = jnp.concatenate(flat, axis=-1)
-    waiting = jnp.pad(waiting, [(0, 0), (0, 0), (0, c.waiting_channels - waiting.shape[-1])])
     if state is None:
         assert shared.window is not None
-        late, there = functional.delayed(waiting, c.lag_of(shared.window), segment_ids=shared.segment_ids)
-    else:
-        late, there = functional.delayed(waiting, c.lag, state.waiting, shared.position)
-    parts = jnp.split(late, list(itertools.accumulate(x.shape[-1] for x in flat)), axis=-1)[: len(flat)]
+        lag = c.lag_of(shared.window)
+        late = [functional.delayed(x, lag, segment_ids=shared.segment_ids) for x in flat]
+        same = [part.reshape(x.shape) for (part, _), x in zip(late, tokens, strict=True)]
+        return same, late[0][1][..., None, None], None
+    waiting = jnp.concatenate(flat, axis=-1)
+    waiting = jnp.pad(waiting, [(0, 0), (0, 0), (0, c.waiting_channels - waiting.shape[-1])])
+    leaving, there = functional.delayed(waiting, c.lag, state.waiting, shared.position)
+    parts = jnp.split(leaving, list(itertools.accumulate(x.shape[-1] for x in flat)), axis=-1)[: len(flat)]
     same = [part.reshape(x.shape) for part, x in zip(parts, tokens, strict=True)]
     return same, there[..., None, None], waiting
 
