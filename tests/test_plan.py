@@ -130,8 +130,23 @@ def test_the_compilers_estimates_by_part(recipe, found):
     mesh = sharding.make_mesh()
     page = plan.describe(recipe, planned(recipe), found._replace(estimate=once), "v5e:2x2", mesh, 0.5)
     assert re.search(r"mlp +0.0 +0.0\n", page) and "28 swa_forward_kernel" in page and "of the peak is" in page
+    assert "attention's kernels:" in page
     assert found.estimate.total() == 0
     assert "estimate" not in plan.describe(recipe, planned(recipe), found, "h100", mesh, 0.5)
+
+
+def test_operations_of_attentions_kernels(recipe):
+    """By hand: two products of 2 D operations for each query and key that it sees, in each head and layer."""
+    config = planned(recipe)
+    length, window, sinks = recipe.seq_length, 8, 2
+    seen = [min(t + 1, window + sinks) for t in range(length)]
+    pair = 4 * config.head_dim * config.n_heads * config.n_layers * recipe.batch
+    names = ("swa_forward_kernel", "swa_query_gradient_kernel", "swa_key_gradient_kernel")
+    runs = {name: times * config.n_layers for name, times in zip(names, (3, 1, 1), strict=True)}
+    found = flops.attention_kernels(recipe, config, window, sinks, runs)
+    want = pair * (length * (length + 1) // 2 + sum(seen) * (2 + 3 / 2 + 4 / 2))
+    assert found == pytest.approx(want, rel=1e-3)
+    assert flops.attention_kernels(recipe, config, window, sinks, {}) == 0
 
 
 def test_bad_names_and_meshes(recipe, error_of):

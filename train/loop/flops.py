@@ -66,6 +66,30 @@ def step_flops(
     }
 
 
+def attention_kernels(
+    config: FinetuneConfig, model_config: config_lib.ModelConfig, window: int, sinks: int, kernels: Mapping[str, int]
+) -> float:
+    """Operations of one step in the TPU kernels of attention, what they compute again included.
+
+    Args:
+      config, model_config, window, sinks: as in `step_flops`.
+      kernels: how often each runs on a device, by name, as in `estimate.Estimate`.
+    """
+    student = model_config.replace(window=window, chunk=min(model_config.chunk, window), sinks=sinks)
+
+    def operations(of: config_lib.ModelConfig, mixer: str) -> int:
+        return (
+            config.batch * config.seq_length * cost.prefill_flops_per_token(of, config.seq_length, mixer)["attention"]
+        )
+
+    # Of two products for each key and query forward; backward three and four, as both kernels find scores anew.
+    products = {"swa_forward_kernel": 2, "swa_query_gradient_kernel": 3, "swa_key_gradient_kernel": 4}
+    runs = sum(count * kernels.get(name, 0) for name, count in products.items()) / 2
+    runs /= model_config.n_layers * config.accumulate
+    distilled = config.objective != "pretrain" and runs > 0  # the teacher's forward pass is one of them
+    return operations(student, model_config.mixer) * (runs - distilled) + operations(model_config, "full") * distilled
+
+
 def speed(
     config: FinetuneConfig,
     model_config: config_lib.ModelConfig,

@@ -196,9 +196,14 @@ def describe(
     if table := estimate_lib.lines(found.estimate):
         lines += ["", *table]
         if clock := CLOCK.get(name.split(":")[0]):
-            least = found.estimate.total() / clock
+            sizes = config.window[1], config.sinks[1], found.estimate.kernels
+            attention = flops.attention_kernels(config, model_config, *sizes) / (top * mesh.size)
+            least = found.estimate.total() / clock + attention
             share = total / (top * mesh.size * least)
-            lines.append(f"so a step takes {least:.3g} s at least, and the share of the peak is {share:.0%} at most")
+            lines += [
+                f"attention's kernels: {attention * clock / 1e6:,.1f} million cycles if they reach the peak",
+                f"so a step takes {least:.3g} s at least, and the share of the peak is {share:.0%} at most",
+            ]
     return "\n".join(lines)
 
 
