@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels import swa_attention
+from pallas_kernels.swa import pallas_tpu
 
 pytestmark = pytest.mark.core
 GPU = ("triton",) if jax.default_backend() == "gpu" else ()  # elsewhere tests/test_triton.py interprets its kernels
@@ -132,6 +133,18 @@ def test_bfloat16(implementation):
 
 
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="one of them serves here")
+@pytest.mark.parametrize("implementation", ["pallas"])
+@pytest.mark.parametrize("packed", [False, True])
+def test_rows_whose_key_gradients_are_too_long_to_lie_in_vmem(monkeypatch, packed, implementation):
+    monkeypatch.setattr(pallas_tpu, "ROW_BYTES", 0)
+    inputs = make_inputs(2, 301, 4, 2)  # a length of its own, as programs are kept by shapes
+    segments = make_segments(301) if packed else None
+    program = jax.make_jaxpr(functools.partial(outputs_and_gradients, implementation=implementation))
+    text = str(program(*inputs, 90, 9, segments))
+    assert "swa_key_gradient_kernel" in text and "swa_gradient_kernel" not in text
+    assert_matches_reference(inputs, jnp.int32(90), jnp.int32(9), segments, implementation)
+
+
 @pytest.mark.parametrize("name", ["pallas", "triton"])
 def test_a_named_backend_is_never_replaced(name):
     with pytest.raises(NotImplementedError, match=name):

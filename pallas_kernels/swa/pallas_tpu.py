@@ -6,9 +6,9 @@ query and of a key block, N number of query blocks, R = G * Q columns of a query
 Visits set the grid's last axis, so a tile that nobody sees costs nothing. A tile in which everybody sees everything is
 computed in one piece without a mask, any other in masked steps from the first to the last key in sight.
 
-Tiles are those of `tpu_columns`. The backward pass (as in FlashAttention-2) has a kernel for each order of the visits,
-as each sums in scratch what belongs to one block: d_q over its keys, d_k and d_v over its queries. Both compute the
-weights again from the saved logsumexp.
+Tiles are those of `tpu_columns`. The backward pass (as in FlashAttention-2) computes the weights again from the saved
+logsumexp, and goes by query block, over whose keys d_q is summed in scratch. So are d_k and d_v of a whole row, if that
+is not too long; else they have a kernel of their own, which goes by key block and computes the weights once more.
 """
 
 import functools
@@ -25,6 +25,7 @@ from pallas_kernels import backends, dots, tpu_tokens
 from pallas_kernels.swa import tpu_columns, tpu_visits
 
 VMEM_BYTES = 48 * 2**20
+ROW_BYTES = 32 * 2**20  # most, of a row's d_k and d_v, that may lie in VMEM beside
 
 
 def why_not(q) -> str | None:
@@ -67,16 +68,21 @@ def backward(blocks, scale, residuals, d_out):
     d_outs, delta = _columns(blocks, d_out, k.shape[2]), _columns(blocks, delta, k.shape[2])
     inputs = [queries, d_outs, lse, delta, keys, values]
     like_queries, like_keys = (jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (queries, keys))
-    kernel = functools.partial(_query_gradient_kernel, scale=scale)
-    columns = queries.shape[3], queries.shape[2] * blocks.query
-    (d_q,) = _call(kernel, blocks, plan, plan.by_query, inputs, [like_queries], [columns])
-    scratch = [(blocks.key, keys.shape[-1])] * 2
-    d_k, d_v = _call(_key_gradient_kernel, blocks, plan, plan.by_key, inputs, [like_keys, like_keys], scratch)
+    columns, row = (queries.shape[3], queries.shape[2] * blocks.query), keys.shape[2:]
+    if 2 * math.prod(row) * (4 + 2 * keys.dtype.itemsize) <= ROW_BYTES:  # sums, and twice what is written
+        kernel = functools.partial(_gradient_kernel, scale=scale)
+        outputs = [like_queries, like_keys, like_keys]
+        d_q, d_k, d_v = _call(kernel, blocks, plan, plan.by_query, inputs, outputs, [columns, row, row], rows=True)
+    else:
+        kernel = functools.partial(_query_gradient_kernel, scale=scale)
+        (d_q,) = _call(kernel, blocks, plan, plan.by_query, inputs, [like_queries], [columns])
+        scratch = [(blocks.key, keys.shape[-1])] * 2
+        d_k, d_v = _call(_key_gradient_kernel, blocks, plan, plan.by_key, inputs, [like_keys, like_keys], scratch)
     d_k, d_v = (tpu_tokens.from_rows(x, k.shape[1]) for x in (d_k, d_v))
     return tpu_columns.from_columns(d_q, q.shape), d_k, d_v
 
 
-def _call(kernel, blocks, plan, visits, inputs, outputs, scratch):
+def _call(kernel, blocks, plan, visits, inputs, outputs, scratch, rows=False):
     """Runs `kernel` over B x Hkv x visits.
 
     Args:
@@ -87,6 +93,7 @@ def _call(kernel, blocks, plan, visits, inputs, outputs, scratch):
       inputs: arrays [B, Hkv, G, X, L] of queries or [B, Hkv, L, D] of keys.
       outputs: shapes like those.
       scratch: shapes of float32 scratch.
+      rows: whether outputs of keys are whole rows and not blocks.
     """
     packed, group = plan.starts.shape[0] > 1, inputs[0].shape[2]
 
@@ -107,6 +114,12 @@ def _call(kernel, blocks, plan, visits, inputs, outputs, scratch):
             return pl.BlockSpec((None, None, group, x.shape[3], blocks.query), of_queries)
         return pl.BlockSpec((None, None, blocks.key, x.shape[3]), of_keys)
 
+    def of_output(x):
+        return pl.BlockSpec((None, None, *x.shape[2:]), of_row) if rows and len(x.shape) == 4 else spec(x)
+
+    def of_row(b, h, t, codes, _):
+        return b, h, 0, 0
+
     def body(codes, limits, starts, *refs):
         kernel(Tile(blocks, group, code(pl.program_id(0), pl.program_id(2), codes), limits, starts), *refs)
 
@@ -117,12 +130,13 @@ def _call(kernel, blocks, plan, visits, inputs, outputs, scratch):
             num_scalar_prefetch=2,
             grid=(*inputs[0].shape[:2], visits.most),
             in_specs=[pl.BlockSpec((None, None, 1, blocks.query), of_starts), *map(spec, inputs)],
-            out_specs=[spec(x) for x in outputs],
+            out_specs=[of_output(x) for x in outputs],
             scratch_shapes=[pltpu.VMEM(shape, jnp.float32) for shape in scratch],
         ),
         out_shape=outputs,
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=VMEM_BYTES
+            dimension_semantics=("parallel", "parallel", "arbitrary"),
+            vmem_limit_bytes=VMEM_BYTES + rows * ROW_BYTES,
         ),
         name=f"swa_{name}",
     )(visits.codes, plan.limits, plan.starts, *inputs)
@@ -166,7 +180,7 @@ class Tile(NamedTuple):
     def mask(self, at, size):
         """Returns what to add to the scores [S, R] of `size` keys from `at`: 0, or MASKED where a key is hidden."""
         window, sinks, start, i = self.limits[0], self.limits[1], self.starts[...], self.queries()
-        j = tpu_visits.field(self.code, "key") * self.blocks.key + at + _iota((size, self.blocks.query), 0)
+        j = self.keys() + at + _iota((size, self.blocks.query), 0)
         visible = (jnp.maximum(start, i - window + 1) <= j) & (j <= i)
         visible |= (start <= j) & (j < jnp.minimum(start + sinks, i + 1))
         return jnp.concatenate([jnp.where(visible, 0.0, tpu_columns.MASKED)] * self.group, axis=1)
@@ -174,6 +188,10 @@ class Tile(NamedTuple):
     def real(self):
         """Returns 1, or 0 where a query is padding, [1, R]."""
         return jnp.concatenate([jnp.where(self.starts[...] <= self.queries(), 1.0, 0.0)] * self.group, axis=1)
+
+    def keys(self):
+        """Returns the first key's place in the row, int32."""
+        return tpu_visits.field(self.code, "key") * self.blocks.key
 
     def queries(self):
         """Returns the queries' places in the row, int32 [1, Q]."""
@@ -209,6 +227,40 @@ def _weights(mask, key, value, q, d_out, lse, delta):
     weights = jnp.exp2(scores - lse)
     d_scores = weights * (dots.tiles("kd,dr->kr", value, d_out) - delta)
     return weights.astype(key.dtype), d_scores.astype(key.dtype)
+
+
+def _gradient_kernel(
+    tile, q, d_out, lse, delta, k, v, d_q, d_k, d_v, accumulator, k_accumulator, v_accumulator, *, scale
+):
+    """d_k, d_v and their accumulators [L, D]; the rest as in `_query_gradient_kernel`."""
+    visit, visits = pl.program_id(2), pl.num_programs(2)
+
+    @pl.when(visit == 0)
+    def _():
+        k_accumulator[...] = jnp.zeros_like(k_accumulator)
+        v_accumulator[...] = jnp.zeros_like(v_accumulator)
+
+    @tile.when("first")
+    def _():
+        accumulator[...] = jnp.zeros_like(accumulator)
+
+    @tile.for_each_part
+    def _(at, size, mask):
+        key, value = k[pl.ds(at, size), :], v[pl.ds(at, size), :]
+        query, cotangent, *rows = map(tpu_columns.joined, (q, d_out, lse, delta))
+        weights, d_scores = _weights(mask, key, value, query, cotangent, *rows)
+        accumulator[...] += dots.tiles("kd,kr->dr", key, d_scores)
+        keys = pl.ds(pl.multiple_of(tile.keys() + at, tile.blocks.step), size)
+        v_accumulator[keys, :] += dots.tiles("kr,dr->kd", weights, cotangent)
+        k_accumulator[keys, :] += dots.tiles("kr,dr->kd", d_scores, query)
+
+    @tile.when("last")
+    def _():
+        tpu_columns.put(d_q, accumulator[...] * scale)
+
+    @pl.when(visit == visits - 1)
+    def _():
+        _put_keys(d_k, d_v, k_accumulator, v_accumulator)
 
 
 def _query_gradient_kernel(tile, q, d_out, lse, delta, k, v, d_q, accumulator, *, scale):
@@ -248,9 +300,13 @@ def _key_gradient_kernel(tile, q, d_out, lse, delta, k, v, d_k, d_v, k_accumulat
 
     @tile.when("last")
     def _():
-        # Queries came with scale * log2(e), and scores want scale alone.
-        d_k[...] = (k_accumulator[...] * math.log(2)).astype(d_k.dtype)
-        d_v[...] = v_accumulator[...].astype(d_v.dtype)
+        _put_keys(d_k, d_v, k_accumulator, v_accumulator)
+
+
+def _put_keys(d_k, d_v, k_accumulator, v_accumulator):
+    """Writes what is summed: queries came with scale * log2(e), and scores want scale alone."""
+    d_k[...] = (k_accumulator[...] * math.log(2)).astype(d_k.dtype)
+    d_v[...] = v_accumulator[...].astype(d_v.dtype)
 
 
 def _queries(blocks, scale, q, heads):

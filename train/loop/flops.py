@@ -82,9 +82,9 @@ def attention_kernels(
             config.batch * config.seq_length * cost.prefill_flops_per_token(of, config.seq_length, mixer)["attention"]
         )
 
-    # Of two products for each key and query forward; backward three and four, as both kernels find scores anew.
-    products = {"swa_forward_kernel": 2, "swa_query_gradient_kernel": 3, "swa_key_gradient_kernel": 4}
-    runs = sum(count * kernels.get(name, 0) for name, count in products.items()) / 2
+    # Products for each key and query that it sees: two forward, five backward, of which two kernels do two twice.
+    products = {"forward": 2, "gradient": 5, "query_gradient": 3, "key_gradient": 4}
+    runs = sum(count * kernels.get(f"swa_{name}_kernel", 0) for name, count in products.items()) / 2
     runs /= model_config.n_layers * config.accumulate
     distilled = config.objective != "pretrain" and runs > 0  # the teacher's forward pass is one of them
     return operations(student, model_config.mixer) * (runs - distilled) + operations(model_config, "full") * distilled
