@@ -14,7 +14,7 @@ The paper's memory starts at random and reads f(W, q). `qwen3_0_6b_memory.py` ma
 remember, in SmolLM2 (docs/results.md).
 
 Not run yet. By the formulas of train/loop/flops.py at 40 % of the peak: 1.5 minutes on one H100, 1 minute on v5e-8 and
-3 seconds on 64 chips of v5p, to which compiling four chunk sizes adds minutes. On v5e-8 a device needs 3.5 of 15.7 GiB
+3 seconds on 64 chips of v5p, to which compiling four chunk sizes adds minutes. On v5e-8 a device needs 4.4 of 15.7 GiB
 by the plan (--compile_only v5e:2x4). Sixty-four chips want 8 rows a step, which leaves 16 updates: they are for longer
 runs.
 """
@@ -41,6 +41,7 @@ config = FinetuneConfig(
     lr_init=0.001,
     dtype="bfloat16",
     backbone_dtype="bfloat16",
+    remat="attention",
     checkpoint_every=16,
     log_every=1,
 )
