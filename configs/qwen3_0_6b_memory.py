@@ -11,7 +11,7 @@ start on, and a last stage of prose in larger batches. Put texts of the kind tha
 or it comes nearer to the original on plays and verse alone. Where long prompts lose what they tell late, the memory is
 full: add a stage with write_strength=0.5.
 
-Not run yet. On one H100 the third stage, the largest, needs 53 of 74 GiB by the plan (its fields on the command
+Not run yet. On one H100 the third stage, the largest, needs 57 of 74 GiB by the plan (its fields on the command
 line of `train.finetune`, and --compile_only h100), and all 16 million tokens take 2.5 minutes of steps by the formulas
 of train/loop/flops.py at 40 % of the peak.
 """
