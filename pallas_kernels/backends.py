@@ -122,6 +122,30 @@ def run(implementation: str | None, functions: Mapping[str, Callable[..., Any]],
     )
 
 
+def run_without_triton(
+    op: str,
+    implementation: str | None,
+    x: jax.Array,
+    pallas: str | None,
+    functions: Mapping[str, Callable[..., Any]],
+    *operands: Any,
+    worth: bool = True,
+) -> Any:
+    """`run` for what has kernels for TPUs alone.
+
+    Args:
+      op, implementation, x, pallas: as in `serving`.
+      functions: "reference", "xla" and "pallas".
+      operands: of the functions.
+      worth: whether there is enough to do for a kernel, if rows are not short.
+    """
+    if implementation == "triton":
+        raise NotImplementedError(f"{op}: there are no Triton kernels, as XLA fuses it on GPUs; use None")
+    best = ("pallas",) if worth and x.shape[1] >= SHORTEST_FOR_KERNELS else ()
+    names = serving(op, implementation, x, pallas, best)
+    return run(implementation, {name: functions[name] for name in names}, *operands)
+
+
 def _interpreting() -> bool:
     """Whether the caller stands in `pltpu.force_tpu_interpret_mode`, which JAX does not say in public."""
     setting = getattr(jax._src.config, "pallas_tpu_interpret_mode_context_manager", None)

@@ -101,6 +101,11 @@ def rope_table(positions: jax.Array, frequencies: jax.Array, factor: float) -> t
     return jnp.cos(angles) * factor, jnp.sin(angles) * factor
 
 
+def _beside(implementation: str | None) -> str | None:
+    """What makes the inputs of a kernel that `implementation` names: the same in plain JAX, else what serves."""
+    return implementation if implementation in ("xla", "reference") else None
+
+
 def attend(
     q: jax.Array,
     k: jax.Array,
@@ -125,8 +130,8 @@ def attend(
     def kernel(q, k, v, segment_ids, norms, rope, *traced):
         size = dict(zip(names, traced, strict=True))
         options = dict(segment_ids=segment_ids, scale=math.log(2), implementation=implementation)
-        plain = implementation if implementation in ("xla", "reference") else None  # else what serves
-        turn = functools.partial(pallas_kernels.norm_rope, rope=rope, eps=eps, offset=offset, implementation=plain)
+        other = _beside(implementation)
+        turn = functools.partial(pallas_kernels.norm_rope, rope=rope, eps=eps, offset=offset, implementation=other)
         q = turn(q, norms[0], factor=scale * math.log2(math.e))  # so that kernels find scores in base 2
         return pallas_kernels.swa_attention(q, turn(k, norms[1], rows=True), v, **options, **(fixed | size))
 
@@ -265,10 +270,9 @@ def conv_norm(
     if tail is not None:
         y = causal_conv(x.reshape(*x.shape[:2], -1), kernel, tail).reshape(x.shape)
         return y if scale is None else norms.rms_norm(y, scale, eps, norm=norm)
-    plain = implementation if implementation in ("xla", "reference") else None  # else what serves
 
     def local(x, kernel, scale, segment_ids):
-        options: Any = dict(norm=norm, eps=eps, segment_ids=segment_ids, implementation=plain)
+        options: Any = dict(norm=norm, eps=eps, segment_ids=segment_ids, implementation=_beside(implementation))
         return pallas_kernels.conv_norm(x, kernel, scale, **options)
 
     arguments = sharding.over_tokens(x, heads=True), kernel.reshape(-1, *x.shape[2:]), scale, segment_ids

@@ -4,8 +4,6 @@ Axes: B batch, L tokens, N heads, D head dim, K taps.
 """
 
 import functools
-from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -46,21 +44,11 @@ def conv_norm(
       NotImplementedError: a named backend that cannot serve, with the reason; it is never replaced by another.
     """
     _check(x, kernel, scale, segment_ids)
-    if implementation == "triton":
-        raise NotImplementedError("conv_norm: there are no Triton kernels, as XLA fuses it on GPUs; use None")
-    reason = pallas_tpu.why_not(x, kernel)
-    worth = ("pallas",) if x.shape[1] >= backends.SHORTEST_FOR_KERNELS else ()
-    serving = backends.serving("conv_norm", implementation, x, reason, worth)
     reach = None if segment_ids is None else reach_of(segment_ids, kernel.shape[0])
-    if implementation == "reference":
-        reach = jnp.full(x.shape[:2], kernel.shape[0]) if reach is None else reach
-        return reference.conv_norm(norm, eps, x, kernel, scale, reach)
-    functions: dict[str, Callable[..., Any]] = {}
-    if "xla" in serving:
-        functions["xla"] = functools.partial(xla.conv_norm, norm, eps)
-    if "pallas" in serving:
-        functions["pallas"] = functools.partial(_pallas, norm, eps)
-    return backends.run(implementation, functions, x, kernel, scale, reach)
+    each = {"reference": reference.conv_norm, "xla": xla.conv_norm, "pallas": _pallas}
+    functions = {name: functools.partial(function, norm, eps) for name, function in each.items()}
+    reason = pallas_tpu.why_not(x, kernel)
+    return backends.run_without_triton("conv_norm", implementation, x, reason, functions, x, kernel, scale, reach)
 
 
 _pallas = backends.with_gradient(pallas_tpu.forward, pallas_tpu.backward, fixed=2, constants=1)

@@ -5,8 +5,9 @@ import jax.numpy as jnp
 
 
 def conv_norm(norm, eps, x, kernel, scale, reach):
-    """Arguments are those of `conv_norm` in `api`, reach int32 [B, L]; no rounding between the two steps."""
+    """Arguments are those of `conv_norm` in `api`, reach int32 [B, L] or None; no rounding between the two steps."""
     dtype = jnp.promote_types(x.dtype, jnp.float32)
+    reach = jnp.full(x.shape[:2], kernel.shape[0]) if reach is None else reach
 
     def token(row, reach, t):
         """row [L, N, D], reach [L]."""

@@ -4,8 +4,6 @@ Axes: B batch, L tokens, H heads, D head dim.
 """
 
 import functools
-from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -51,19 +49,16 @@ def norm_rope(
     """
     cos, sin = (None, None) if rope is None else rope
     _check(x, scale, cos, sin)
-    if implementation == "triton":
-        raise NotImplementedError("norm_rope: there are no Triton kernels, as XLA fuses it on GPUs; use None")
-    something = scale is not None or rope is not None
-    worth = ("pallas",) if something and x.shape[1] >= backends.SHORTEST_FOR_KERNELS else ()
-    serving = backends.serving("norm_rope", implementation, x, pallas_tpu.why_not(x), worth)
-    if implementation == "reference":
-        return reference.norm_rope(eps, offset, factor, x, scale, cos, sin)
-    functions: dict[str, Callable[..., Any]] = {}
-    if "xla" in serving:
-        functions["xla"] = functools.partial(_xla, eps, offset, factor)
-    if "pallas" in serving:
-        functions["pallas"] = functools.partial(_pallas, eps, offset, factor, rows)
-    return backends.run(implementation, functions, x, scale, cos, sin)
+    fixed = eps, offset, factor
+    functions = {
+        "reference": functools.partial(reference.norm_rope, *fixed),
+        "xla": functools.partial(_xla, *fixed),
+        "pallas": functools.partial(_pallas, *fixed, rows),
+    }
+    operands, worth = (x, scale, cos, sin), scale is not None or rope is not None
+    return backends.run_without_triton(
+        "norm_rope", implementation, x, pallas_tpu.why_not(x), functions, *operands, worth=worth
+    )
 
 
 _xla = backends.with_gradient_of(xla.norm_rope, xla.norm_rope, fixed=3, floats=2, constants=2)

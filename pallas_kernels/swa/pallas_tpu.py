@@ -237,12 +237,11 @@ def _gradient_kernel(
 
     @pl.when(visit == 0)
     def _():
-        k_accumulator[...] = jnp.zeros_like(k_accumulator)
-        v_accumulator[...] = jnp.zeros_like(v_accumulator)
+        _zero(k_accumulator, v_accumulator)
 
     @tile.when("first")
     def _():
-        accumulator[...] = jnp.zeros_like(accumulator)
+        _zero(accumulator)
 
     @tile.for_each_part
     def _(at, size, mask):
@@ -251,8 +250,7 @@ def _gradient_kernel(
         weights, d_scores = _weights(mask, key, value, query, cotangent, *rows)
         accumulator[...] += dots.tiles("kd,kr->dr", key, d_scores)
         keys = pl.ds(pl.multiple_of(tile.keys() + at, tile.blocks.step), size)
-        v_accumulator[keys, :] += dots.tiles("kr,dr->kd", weights, cotangent)
-        k_accumulator[keys, :] += dots.tiles("kr,dr->kd", d_scores, query)
+        _add_keys(keys, weights, d_scores, query, cotangent, k_accumulator, v_accumulator)
 
     @tile.when("last")
     def _():
@@ -268,7 +266,7 @@ def _query_gradient_kernel(tile, q, d_out, lse, delta, k, v, d_q, accumulator, *
 
     @tile.when("first")
     def _():
-        accumulator[...] = jnp.zeros_like(accumulator)
+        _zero(accumulator)
 
     @tile.for_each_part
     def _(at, size, mask):
@@ -287,20 +285,29 @@ def _key_gradient_kernel(tile, q, d_out, lse, delta, k, v, d_k, d_v, k_accumulat
 
     @tile.when("first")
     def _():
-        k_accumulator[...] = jnp.zeros_like(k_accumulator)
-        v_accumulator[...] = jnp.zeros_like(v_accumulator)
+        _zero(k_accumulator, v_accumulator)
 
     @tile.for_each_part
     def _(at, size, mask):
         keys = pl.ds(at, size)
         query, cotangent, *rows = map(tpu_columns.joined, (q, d_out, lse, delta))
         weights, d_scores = _weights(mask, k[keys, :], v[keys, :], query, cotangent, *rows)
-        v_accumulator[keys, :] += dots.tiles("kr,dr->kd", weights, cotangent)
-        k_accumulator[keys, :] += dots.tiles("kr,dr->kd", d_scores, query)
+        _add_keys(keys, weights, d_scores, query, cotangent, k_accumulator, v_accumulator)
 
     @tile.when("last")
     def _():
         _put_keys(d_k, d_v, k_accumulator, v_accumulator)
+
+
+def _zero(*accumulators):
+    for accumulator in accumulators:
+        accumulator[...] = jnp.zeros_like(accumulator)
+
+
+def _add_keys(keys, weights, d_scores, query, cotangent, k_accumulator, v_accumulator):
+    """Adds to the rows `keys` of both what `_weights` and the columns [D, R] that it was given make."""
+    v_accumulator[keys, :] += dots.tiles("kr,dr->kd", weights, cotangent)
+    k_accumulator[keys, :] += dots.tiles("kr,dr->kd", d_scores, query)
 
 
 def _put_keys(d_k, d_v, k_accumulator, v_accumulator):

@@ -162,10 +162,10 @@ class Lessons:
         room = int(FULL * self._length * rng.uniform(0.2, 1)) - len(frame.head)
         prose = self._cut(rng, self._length + 1 - len(frame.head))
         told, asked = self._fill(kind, rng, room, frame, prose[: len(prose) - room])
-        before = [frame.first, *[frame.then] * (len(asked) - 1)]
-        taken = sum(map(len, [frame.head, *told, *before, *itertools.chain(*asked)])) + len(asked) * len(frame.answer)
         if not asked:  # no name in all of the prose
             return self._prose(rng)
+        before = [frame.first, *[frame.then] * (len(asked) - 1)]
+        taken = sum(map(len, [frame.head, *told, *before, *itertools.chain(*asked)])) + len(asked) * len(frame.answer)
         size = self._length + 1 - taken
         if size < 1:
             raise ValueError(

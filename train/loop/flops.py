@@ -78,9 +78,8 @@ def attention_kernels(
     student = model_config.replace(window=window, chunk=min(model_config.chunk, window), sinks=sinks)
 
     def operations(of: config_lib.ModelConfig, mixer: str) -> int:
-        return (
-            config.batch * config.seq_length * cost.prefill_flops_per_token(of, config.seq_length, mixer)["attention"]
-        )
+        each = cost.prefill_flops_per_token(of, config.seq_length, mixer)["attention"]
+        return config.batch * config.seq_length * each
 
     # Products for each key and query that it sees: two forward, five backward, of which two kernels do two twice.
     products = {"forward": 2, "gradient": 5, "query_gradient": 3, "key_gradient": 4}
