@@ -5,6 +5,7 @@ to float32: two float32 products, for which TPUs and GPUs need several passes or
 """
 
 import functools
+import pathlib
 from typing import Any, NamedTuple
 
 import jax
@@ -46,15 +47,30 @@ def turned(x: jax.Array, kernel: jax.Array) -> jax.Array:
     """`einsum` of x [..., in] and a kernel [out, in], [..., out], for CPUs.
 
     XLA packs the right side of a product anew each time, which for few rows takes longer than the product itself. So
-    the rows stand right of the kernel, and both are widened: bfloat16 products of few rows take three times as long.
+    the rows stand right of the kernel. Where the processor does not multiply bfloat16 itself, both are widened, as
+    bfloat16 products of few rows then take three times as long; where it does, a single row is one of two.
     """
     rows = x.reshape(-1, x.shape[-1])
-    if len(rows) > FEW:
+    count = len(rows)
+    if count > FEW:
         return einsum("ri,oi->ro", rows, kernel).reshape(*x.shape[:-1], -1)
-    dtype = jnp.promote_types(x.dtype, jnp.float32)
-    y = _product("oi,ri->or", kernel.astype(x.dtype).astype(dtype), rows.astype(dtype))
+    kernel = kernel.astype(x.dtype)
+    if x.dtype != jnp.bfloat16 or not multiplies_bfloat16():
+        dtype = jnp.promote_types(x.dtype, jnp.float32)
+        kernel, rows = kernel.astype(dtype), rows.astype(dtype)
+    elif count == 1:
+        rows = jnp.concatenate([rows, rows])
+    y = _product("oi,ri->or", kernel, rows)
     y = jax.lax.optimization_barrier(y)  # or XLA makes it the other product again
-    return y.T.reshape(*x.shape[:-1], -1)
+    return y[:, :count].T.reshape(*x.shape[:-1], -1)
+
+
+@functools.cache
+def multiplies_bfloat16() -> bool:
+    """Whether this machine's processor has instructions for products of bfloat16, as far as Linux on x86 tells."""
+    info = pathlib.Path("/proc/cpuinfo")
+    flags = info.read_text(errors="replace").split() if info.is_file() else []
+    return not {"avx512_bf16", "amx_bf16"}.isdisjoint(flags)
 
 
 _turned = jax.jit(turned)  # traced once a shape

@@ -57,10 +57,12 @@ def gradients(product, x, y):
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("rows", [(1,), (2, 3), (dots.FEW,), (1, dots.FEW + 1)])
-def test_a_turned_kernel(rows, dtype):
-    """Few rows and many, of operands in bfloat16: its products are exact in float32."""
+@pytest.mark.parametrize("units", [False, True])
+def test_a_turned_kernel(rows, dtype, units, monkeypatch):
+    """Few rows and many, of operands in bfloat16, on either kind of processor: its products are exact in float32."""
+    monkeypatch.setattr(dots, "multiplies_bfloat16", lambda: units)
     x, kernel = operands((*rows, 40), (7, 40))
-    found = jax.jit(dots.turned)(x.astype(dtype), kernel)
+    found = jax.jit(lambda *operands: dots.turned(*operands))(x.astype(dtype), kernel)  # traced anew
     assert found.dtype == jnp.float32 and found.shape == (*rows, 7)
     assert relative(found, np.asarray(x, np.float64) @ np.asarray(kernel, np.float64).T) < 1e-6
 

@@ -9,7 +9,8 @@ import pytest
 from test_model import TINY, random_params, random_tokens, relative
 
 from allmem_jax.decoding import generation
-from allmem_jax.model import lm
+from allmem_jax.model import functional, lm
+from pallas_kernels import dots
 
 pytestmark = pytest.mark.core
 
@@ -38,6 +39,26 @@ def test_full_mixer_generates_like_the_original(params):
     row = np.asarray([prompt + answer], np.int32)
     predicted = np.asarray(jax.jit(lambda t: lm.AllMemLM(config).apply({"params": params}, t))(row)).argmax(-1)[0]
     assert answer == predicted[len(prompt) - 1 : -1].tolist()
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="steps go on from numbers elsewhere")
+def test_steps_on_a_cpu_go_on_from_bits(params):
+    """They are those from numbers, leave the caller's state alone, and are read, saved and forked as numbers are."""
+    config = TINY.replace(dtype="bfloat16")
+    prompts = [random_tokens(1, length, seed=length)[0].tolist() for length in (7, 12)]
+    logits, state = generation.prefill(params, config, prompts, piece=5)
+    *_, (_, _, _, last) = generation.stream(params, config, logits, state, max_tokens=9, stop_tokens=())
+    assert {leaf.dtype for leaf in jax.tree.leaves(last)} == {jnp.dtype(x) for x in ("uint16", "float32", "int32")}
+    once, key = lm.unstack(params), jax.random.key(0)
+    numbers = jax.tree.map(jnp.copy, state)
+    for _ in range(9):
+        *_, logits, numbers = generation.decode_step(
+            once, config, logits, numbers, np.zeros(2, bool), key, generation.GREEDY
+        )
+    jax.tree.map(np.testing.assert_array_equal, functional.numbers(last), numbers)
+    jax.tree.map(np.testing.assert_array_equal, functional.bits(numbers), last)
+    after = [generation.prefill(params, config, prompts, state=each, piece=5) for each in (last, numbers)]
+    jax.tree.map(np.testing.assert_array_equal, *after)
 
 
 def test_stop_tokens_end_rows_one_by_one(params):
@@ -71,9 +92,14 @@ def test_a_saved_state_answers_again(params):
 
 
 @pytest.mark.parametrize("mixer, tied", [("allmem", True), ("allmem", False), ("mamba2", True), ("delta", True)])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_unstacked_kernels_are_the_same_model(dtype, mixer, tied):
-    """Kernels of each layer as arrays of their own, and a head in parts: the same logits for few rows and for many."""
+@pytest.mark.parametrize("dtype, units", [("float32", False), ("bfloat16", False), ("bfloat16", True)])
+def test_unstacked_kernels_are_the_same_model(dtype, units, mixer, tied, monkeypatch):
+    """Kernels of each layer as arrays of their own, and a head in parts where the processor has no units for bfloat16.
+
+    The same logits for few rows and for many.
+    """
+    monkeypatch.setattr(dots, "multiplies_bfloat16", lambda: units)
+    dots._turned.clear_cache()
     sizes = dict(vocab_size=2311, d_model=512)  # more than one part
     config = TINY.replace(dtype=dtype, mixer=mixer, tie_embeddings=tied, **sizes)
     backbone, memory = lm.split_params(random_params(config))
@@ -86,7 +112,7 @@ def test_unstacked_kernels_are_the_same_model(dtype, mixer, tied):
         both = jnp.concatenate([mlp["gate_proj"]["kernel"], mlp["up_proj"]["kernel"]], axis=-1)
         assert np.array_equal(jnp.stack(kernels), both.swapaxes(1, 2))
         assert "up_proj" not in apart["params"]["layers"]["mlp"]
-        assert len(apart["kernels"]["lm_head"]["kernel"]) == (1 if dtype == "float32" else 2)
+        assert len(apart["kernels"]["lm_head"]["kernel"]) == (1 if dtype == "float32" or units else 2)
     apply = jax.jit(lm.AllMemLM(config).apply)
     exact = jax.jit(lm.AllMemLM(config.replace(dtype="float32")).apply)
     for tokens in (random_tokens(1, 1), random_tokens(2, 9), random_tokens(2, 70)):

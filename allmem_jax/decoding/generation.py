@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from allmem_jax.model import config as config_lib
-from allmem_jax.model import lm
+from allmem_jax.model import functional, lm
 from allmem_jax.model import state as state_lib
 
 
@@ -207,6 +207,7 @@ def stream(
     config, state = with_room(config, state, len(logits), max_tokens)
     params = lm.unstack(params)
     state = jax.tree.map(jnp.copy, state)  # decode_step consumes its state; the caller's stays
+    state = functional.bits(state) if "kernels" in params else state
     for index in range(max_tokens):
         tokens, logits, state = decode_step(
             params, config, logits, state, done, jax.random.fold_in(key, index), sampling
@@ -345,10 +346,11 @@ def with_room(
       ValueError: `state` has forgotten tokens that full attention sees, or another model made it.
     """
     if config.mixer != "full":
-        return config, state_lib.init_state(config, rows) if state is None else state
+        return config, state_lib.init_state(config, rows) if state is None else functional.numbers(state)
     if state is None:
         config = full_as_windowed(config, more)
         return config, state_lib.init_state(config, rows)
+    state = functional.numbers(state)
     layers, _, slots, heads, dim = state.keys.shape
     if (layers, heads, dim) != (config.n_layers, config.n_kv_heads, config.head_dim) or state.conv is not None:
         raise ValueError("the state is not of this model with full attention: another model or mixer made it")

@@ -26,6 +26,19 @@ TOKENS, ROWS = PartitionSpec("rows", None, "heads"), PartitionSpec("rows")
 ROW_HEADS, EVERY = PartitionSpec("rows", "heads"), PartitionSpec()
 
 
+def bits(tree: Any) -> Any:
+    """A pytree with its arrays in bfloat16 as uint16."""
+    return jax.tree.map(lambda x: _cast(x, jnp.uint16) if x.dtype == jnp.bfloat16 else x, tree)
+
+
+def numbers(tree: Any) -> Any:
+    """The inverse of `bits`."""
+    return jax.tree.map(lambda x: _cast(x, jnp.bfloat16) if x.dtype == jnp.uint16 else x, tree)
+
+
+_cast = jax.lax.bitcast_convert_type
+
+
 def gated(gate: jax.Array, up: jax.Array, activation: str) -> jax.Array:
     """act(gate) * up, act being "silu" or "gelu_tanh"."""
 
@@ -164,11 +177,14 @@ def attend_cached(
 
     Arguments and result are those of `ring.attend`, with `cache` the keys and values in any dtype, and q and k rotated
     to their absolute positions. One token a row is decoded by `pallas_kernels.swa_decode`, which `layer` is for, with
-    which `cache` is that of all layers. Under a mesh as `attend`.
+    which `cache` is that of all layers, or its `bits`. Under a mesh as `attend`.
     """
 
     def local(q, k, v, keys, values, position, lengths, window, sinks, layer):
         sizes: Any = dict(sink_slots=sink_slots, window=window, sinks=sinks, scale=scale, implementation=implementation)
+        if keys.dtype == jnp.uint16:
+            own = (jax.lax.dynamic_index_in_dim(x, layer, keepdims=False) for x in (keys, values))
+            (keys, values), layer = numbers(tuple(own)), None
         held = keys.astype(k.dtype), values.astype(v.dtype)
         if q.shape[1] == 1:
             one = q[:, 0], k[:, 0], v[:, 0], *held, position
@@ -184,11 +200,12 @@ def attend_cached(
 def write_cache(
     cache: jax.Array, new: jax.Array, position: jax.Array, lengths: jax.Array, sink_slots: int
 ) -> jax.Array:
-    """`ring.write`, under a mesh by every device on its own rows and heads.
+    """`ring.write`, under a mesh by every device on its own rows and heads; of `bits` for a cache of such.
 
     It is done once for all layers, and not in each, so that a loop over layers does not write whole caches anew.
     """
     tokens, rows = PartitionSpec(None, "rows", None, "heads"), PartitionSpec("rows")
+    new = bits(new) if cache.dtype == jnp.uint16 else new
     where, arguments = (tokens, tokens, rows, rows), (cache, new, position, lengths)
     write = functools.partial(ring.write, sink_slots=sink_slots)
     return sharding.over_rows_and_heads(write, arguments, where, tokens, cache.shape[1], cache.shape[3])

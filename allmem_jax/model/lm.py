@@ -15,7 +15,7 @@ import numpy as np
 from allmem_jax.model import config as config_lib
 from allmem_jax.model import decoder, functional, layers, sharding
 from allmem_jax.model import state as state_lib
-from pallas_kernels import backends
+from pallas_kernels import backends, dots
 
 Params = dict[str, Any]
 
@@ -66,6 +66,7 @@ class AllMemLM(nn.Module):
             raise ValueError(f"tokens must be integers [B, L]; got {tokens.dtype} {list(tokens.shape)}")
         if state is not None:
             state_lib.check_state(c, tokens.shape[0], state)
+            state = state if tokens.shape[1] == 1 else functional.numbers(state)
         embed = nn.Embed(c.vocab_size, c.d_model, embedding_init=nn.initializers.normal(0.02), name="embed")
         table = embed.embedding
         x = jnp.take(sharding.whole_rows(table), tokens, axis=0).astype(c.dtype) * jnp.asarray(c.embed_scale, c.dtype)
@@ -144,8 +145,8 @@ def unstack(params: Params, *, donate: bool = False) -> Params:
 
     A loop over layers copies, on a CPU, what it takes of stacked kernels, and widens those in bfloat16 before each run:
     more work than the products of one token. So each layer's large kernels become arrays, [out, in] for `dots.turned`,
-    one for all that multiply the same input (`layers.GROUPS`), under the name of the first; and a head that is not
-    float32 parts that fit a cache. Parameters elsewhere come back as they are, and so do those that were unstacked
+    one for all that multiply the same input (`layers.GROUPS`), under the name of the first; and a head that is widened
+    parts that fit a cache. Parameters elsewhere come back as they are, and so do those that were unstacked
     before.
 
     Args:
@@ -187,8 +188,8 @@ def _on_one_cpu(leaf: Any) -> bool:
 
 
 def _parts(head: Any) -> tuple[jax.Array, ...]:
-    """The turned head [V, d] in equal parts [v, d]: one in float32, else of a million numbers and zeros at the end."""
-    if head.dtype == jnp.float32:
+    """The turned head [V, d] in equal parts [v, d]: one, or where it is widened of a million numbers, zeros last."""
+    if head.dtype == jnp.float32 or dots.multiplies_bfloat16():
         return (jnp.asarray(head),)
     count = -(-head.size // 2**20)
     size = -(-len(head) // count)

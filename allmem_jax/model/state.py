@@ -20,6 +20,7 @@ import safetensors.flax
 
 import pallas_kernels
 from allmem_jax.model import config as config_lib
+from allmem_jax.model import functional
 from allmem_jax.storage import files, stores
 
 
@@ -36,6 +37,9 @@ class DecodeState:
       waiting: [Y, B, R, F'], the last R tokens as they will be written to a memory with a delay (see
         `functional.delayed`); None without one.
       sinks: S, static: the arrays alone do not tell a sink slot from one of the window.
+
+    What is in bfloat16 may also be `functional.bits`, uint16: steps of one token on a CPU go on from such a state, as
+    XLA there widens and rounds a whole array in bfloat16 to write a token to it. Whatever takes a state takes both.
     """
 
     position: jax.Array
@@ -115,12 +119,12 @@ def save_state(path: str | os.PathLike[str], config: config_lib.ModelConfig, sta
     Args:
       path: the file, or its URL.
       config: of the model that made the state; it goes into the file.
-      state: any number of rows.
+      state: any number of rows, bits or numbers.
 
     Returns:
       The bytes of the file.
     """
-    content = safetensors.flax.save(_named(state), metadata={"config": config.to_json()})
+    content = safetensors.flax.save(_named(functional.numbers(state)), metadata={"config": config.to_json()})
     files.write(path, content)
     return len(content)
 

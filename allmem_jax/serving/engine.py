@@ -19,7 +19,7 @@ import numpy as np
 
 from allmem_jax.decoding import generation
 from allmem_jax.model import config as config_lib
-from allmem_jax.model import lm
+from allmem_jax.model import functional, lm
 from allmem_jax.model import state as state_lib
 from allmem_jax.serving import prefix_store, prefixes, programs
 
@@ -206,6 +206,7 @@ class Engine:
     def _run(self) -> None:
         try:
             self._state = state_lib.init_state(self.config, self.slots)
+            self._state = functional.bits(self._state) if "kernels" in self.params else self._state
             self._logits = jnp.zeros((self.slots, self.config.vocab_size), jnp.float32)
             self._fresh = state_lib.init_state(self.config, 1)
             self._blank = jnp.zeros((1, self.config.vocab_size), jnp.float32)

@@ -112,11 +112,14 @@ def _mean(weights: jax.Array, values: jax.Array) -> jax.Array:
 def _scores_at_once(query: jax.Array, keys: jax.Array) -> jax.Array:
     """`_scores` with queries as wide as all key heads, and zero but for their own.
 
-    More products, but of the cache as it lies: XLA on CPUs writes it anew to part the heads.
+    More products, but of the cache as it lies: XLA on CPUs writes it anew to part the heads, and to have it right of
+    the queries.
     """
     batch, heads = query.shape[:2]
     wide = jnp.where(_own(heads), query[:, :, :, None], 0).reshape(batch, -1, heads * query.shape[3])
-    return dots.einsum("brc,btc->brt", wide, keys.reshape(*keys.shape[:2], -1)).reshape(*query.shape[:3], -1)
+    scores = dots.einsum("btc,brc->btr", keys.reshape(*keys.shape[:2], -1), wide)
+    scores = jax.lax.optimization_barrier(scores)  # or XLA makes it the other product again
+    return jnp.swapaxes(scores, 1, 2).reshape(*query.shape[:3], -1)
 
 
 def _mean_at_once(weights: jax.Array, values: jax.Array) -> jax.Array:
