@@ -112,8 +112,17 @@ def _compare(
     """
     log_q, ce = _log_probs(student, head, target)
     log_p, teacher_ce = map(jax.lax.stop_gradient, _log_probs(teacher, head, target))
-    kl = jnp.where(known, ce, jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1))
-    return (kl, ce, teacher_ce), log_q, log_p
+    mean = jax.lax.platform_dependent(jnp.exp(log_p), log_p - log_q, cpu=_product, default=_sum)
+    return (jnp.where(known, ce, mean), ce, teacher_ce), log_q, log_p
+
+
+def _sum(p: jax.Array, x: jax.Array) -> jax.Array:
+    return jnp.sum(p * x, axis=-1)
+
+
+def _product(p: jax.Array, x: jax.Array) -> jax.Array:
+    """`_sum`, in less than half of the time that XLA on CPUs takes for a sum of products."""
+    return dots.einsum("bcv,bcv->bc", p, x)
 
 
 def cross_entropy(hidden: jax.Array, head: jax.Array, targets: jax.Array, *, block: int = 512) -> jax.Array:
