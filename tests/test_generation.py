@@ -105,7 +105,7 @@ def test_unstacked_kernels_are_the_same_model(dtype, units, mixer, tied, monkeyp
     backbone, memory = lm.split_params(random_params(config))
     backbone = jax.tree.map(lambda leaf: leaf.astype(dtype), backbone)
     params = lm.merge_params(backbone, memory)
-    apart = lm.unstack(params)
+    apart = lm.unstack(params, dtype=dtype)
     assert lm.unstack(apart) is apart and lm.variables(apart) is apart
     if jax.default_backend() == "cpu":
         kernels, mlp = apart["kernels"]["layers"]["mlp"]["gate_proj"]["kernel"], params["layers"]["mlp"]

@@ -131,7 +131,7 @@ def load_to_decode(model: pathlib.Path, mixing: Mixing) -> tuple[Any, Any, Any]:
     from allmem_jax.model import lm
 
     config, params, tokenizer = load_model(model, mixing)
-    return config, lm.unstack(params, donate=True), tokenizer
+    return config, lm.unstack(params, dtype=config.dtype, donate=True), tokenizer
 
 
 def fingerprint(model: pathlib.Path, mixing: Mixing) -> str:

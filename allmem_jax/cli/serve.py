@@ -70,7 +70,7 @@ def serve(
     which = memories_lib.fingerprint(params, config)
     kept = memories_lib.Memories(memories, config, which)
     store = None if prefixes is None else prefix_store.PrefixStore(prefixes, config, which, prefixes_mb * 2**20)
-    params = lm.unstack(params, donate=True)
+    params = lm.unstack(params, dtype=config.dtype, donate=True)
     sizes = dict(slots=slots, piece=piece, waiting=waiting, cache_bytes=cache_mb * 2**20)
     served = answers.Served(
         name or model.stem,

@@ -182,7 +182,7 @@ def complete(
     past = 0 if state is None else int(state.position[0])
     generation.warn_beyond(config, past + len(ids), max_tokens)
     config, state = generation.with_room(config, state, 1, len(ids) + max_tokens)
-    params = lm.unstack(params)
+    params = lm.unstack(params, dtype=config.dtype)
     logits, state = generation.prefill(params, config, [ids], state=state, progress=progress)
     stops = stop_tokens(tokenizer, config)
     steps = generation.stream(
@@ -231,7 +231,7 @@ class Conversation:
         self.sampling.check()
         if self.max_tokens < 1:
             raise ValueError(f"max_tokens={self.max_tokens} must be at least 1")
-        self.params = lm.unstack(self.params)
+        self.params = lm.unstack(self.params, dtype=self.config.dtype)
 
     def reply(self, text: str) -> Iterator[str]:
         """Yields the model's answer to `text` piece by piece; both join `messages`.

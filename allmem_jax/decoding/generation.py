@@ -163,7 +163,7 @@ def prefill(
         raise ValueError(f"state holds {state.position.shape[0]} rows for {len(rows)} prompts")
     config, state = with_room(config, state, len(rows), max(map(len, rows)))
     logits = jnp.zeros((len(rows), config.vocab_size), jnp.float32)
-    params = lm.unstack(params)
+    params = lm.unstack(params, dtype=config.dtype)
     piece = fitting_piece(max(map(len, rows)), piece)
     for start in range(0, max(map(len, rows)), piece):
         tokens = np.zeros((len(rows), piece), np.int32)
@@ -205,7 +205,7 @@ def stream(
     key = jax.random.key(seed)
     done = np.zeros(logits.shape[0], bool)
     config, state = with_room(config, state, len(logits), max_tokens)
-    params = lm.unstack(params)
+    params = lm.unstack(params, dtype=config.dtype)
     state = jax.tree.map(jnp.copy, state)  # decode_step consumes its state; the caller's stays
     state = functional.bits(state) if "kernels" in params else state
     for index in range(max_tokens):
@@ -290,7 +290,7 @@ def answers(
       ends: told an answer after each of its tokens, whether it ends there; that token is part of it.
       state: of as many rows as run.
     """
-    params = lm.unstack(params)
+    params = lm.unstack(params, dtype=config.dtype)
     stops = config.eos_tokens if stop_tokens is None else stop_tokens
     rows = [*prompts, *[prompts[-1]] * (batch - len(prompts))] if prompts else []
     config, state = with_room(config, state, len(rows), max(map(len, rows), default=0) + max_tokens)

@@ -319,7 +319,7 @@ class AllMemHarness(TemplateLM):
     @functools.cached_property
     def _decoding(self) -> lm.Params:
         """The parameters for what decodes, made once for all batches."""
-        return lm.unstack(self.params)
+        return lm.unstack(self.params, dtype=self.config.dtype)
 
     def _generate(
         self, prompts: list[list[int]], most: int, sampling: generation.Sampling, until: list[str], seed: int

@@ -72,7 +72,7 @@ def measure(
     rows = []
     with tqdm.tqdm(total=len(mixers) * len(contexts), desc="timing", disable=None) as bar:
         for mixer in mixers:
-            params = lm.unstack(lm.init_params(config.replace(mixer=mixer)), donate=True)
+            params = lm.unstack(lm.init_params(config.replace(mixer=mixer)), dtype=config.dtype, donate=True)
             before = _programs()
             for context in contexts:
                 here = config.replace(mixer=mixer)

@@ -231,7 +231,7 @@ def _generate(
 ) -> Iterator[tuple[int, str]]:
     """Yields (index, text) in the order of `todo`; every batch is full, so that one program serves."""
     stops = chat_lib.stop_tokens(tokenizer, each.config)
-    params = lm.unstack(each.params)  # once for all batches
+    params = lm.unstack(each.params, dtype=each.config.dtype)  # once for all batches
     for start in range(0, len(todo), settings.batch):
         rows = todo[start : start + settings.batch]
         out = generation.answers(

@@ -262,7 +262,8 @@ def _ask(
     if config.mixer == "full":
         longest = max(len(example.prompt) for example in examples) + room
         config = generation.full_as_windowed(config, max(length, longest))
-    params = lm.unstack(lm.merge_params(backbone, variant.memory) if variant.memory else backbone)
+    params = lm.merge_params(backbone, variant.memory) if variant.memory else backbone
+    params = lm.unstack(params, dtype=config.dtype)
     chat, stops = settings.chat and task != "short_cloze", text_lib.stop_tokens(tokenizer, config)
     groups = [examples[start : start + sharing] for start in range(0, len(examples), sharing)]
     batch = min(settings.batch, len(groups))

@@ -140,23 +140,24 @@ def init_memory(config: config_lib.ModelConfig, seed: int = 0) -> Params:
     return jax.jit(lambda key: split_params(AllMemLM(config).init(key, tokens)["params"])[1])(jax.random.key(seed))
 
 
-def unstack(params: Params, *, donate: bool = False) -> Params:
+def unstack(params: Params, *, dtype: str | None = None, donate: bool = False) -> Params:
     """The same parameters for a model that decodes, as `variables` takes them: on a CPU with kernels of their own.
 
     A loop over layers copies, on a CPU, what it takes of stacked kernels, and widens those in bfloat16 before each run:
     more work than the products of one token. So each layer's large kernels become arrays, [out, in] for `dots.turned`,
     one for all that multiply the same input (`layers.GROUPS`), under the name of the first; and a head that is widened
-    parts that fit a cache. Parameters elsewhere come back as they are, and so do those that were unstacked
-    before.
+    parts that fit a cache. Parameters elsewhere come back as they are, and so do those that were unstacked before.
 
     Args:
       params: of the whole model.
+      dtype: the config's; with "bfloat16" wider kernels, such as the memory's, are rounded once and not for each token.
       donate: deletes what it has copied, so that there is room for a large model.
     """
     if "kernels" in params or not all(map(_on_one_cpu, jax.tree.leaves(params))):
         return params
     flat = flax.traverse_util.flatten_dict(params)
     kernels: dict[Any, Any] = {}
+    narrow = dtype == "bfloat16"
 
     def copied(paths: Sequence[Any], copies: Sequence[jax.Array]) -> None:
         kernels[paths[0]] = tuple(copies)
@@ -170,7 +171,8 @@ def unstack(params: Params, *, donate: bool = False) -> Params:
             paths = [(*scope, f"{name}_proj", "kernel") for name in group]
             if all(path in flat for path in paths):
                 of_layers = zip(*(np.asarray(flat[path]) for path in paths), strict=True)
-                copied(paths, [jnp.asarray(np.concatenate([one.T for one in each])) for each in of_layers])
+                joined = (np.concatenate([one.T for one in each]) for each in of_layers)
+                copied(paths, [jnp.asarray(one, jnp.bfloat16 if narrow else one.dtype) for one in joined])
                 flat[paths[0]] = jnp.arange(len(kernels[paths[0]]))
     if "lm_head" in params:
         copied([("lm_head", "kernel")], _parts(np.asarray(flat["lm_head", "kernel"]).T))

@@ -137,7 +137,7 @@ class Engine:
                 raise ValueError(f"{name}={value} must be at least {least}")
         if store is not None and cache_bytes < state_lib.state_bytes(config):
             raise ValueError(f"cache_bytes={cache_bytes} must hold a state from the store: give more")
-        self.params, self.config = lm.unstack(params), config
+        self.params, self.config = lm.unstack(params, dtype=config.dtype), config
         self.slots, self.piece, self.waiting = slots, piece, waiting
         self.prefixes = prefixes.Prefixes(piece, cache_bytes, store)
         self.ready = False  # the programs are compiled

@@ -68,7 +68,7 @@ def _ours(model: pathlib.Path, dtype: str, mixer: str, window: int) -> Run:
     sizes: dict[str, Any] = {} if mixer == "full" else {"window": window, "sinks": 4}
     sizes |= {"chunk": 64, "read_out": "difference", "delay": True} if mixer == "allmem" else {}
     config, params, _ = load.load_pretrained(model, dtype=dtype, mixer=mixer, **sizes)
-    params = lm.unstack(params)
+    params = lm.unstack(params, dtype=config.dtype)
 
     def run(tokens: list[int], decode: int) -> tuple[float, list[float]]:
         here, state = generation.with_room(config, None, 1, len(tokens) + decode)

@@ -87,7 +87,7 @@ def _answers(
     params: lm.Params, config: config_lib.ModelConfig, tokenizer: Any, tokens: Sequence[int], path: pathlib.Path
 ) -> list[str]:
     """Reads tokens, keeps the state in a file, and answers each question from there."""
-    params = lm.unstack(params)
+    params = lm.unstack(params, dtype=config.dtype)
     start = generation.with_room(config, None, 1, len(tokens))[1]
     _, after = generation.prefill(params, config, [tokens], state=start)
     state.save_state(path, config, after)
