@@ -164,6 +164,7 @@ def prefill(
     config, state = with_room(config, state, len(rows), max(map(len, rows)))
     logits = jnp.zeros((len(rows), config.vocab_size), jnp.float32)
     params = lm.unstack(params, dtype=config.dtype)
+    state = functional.bits(state) if "kernels" in params else state
     piece = fitting_piece(max(map(len, rows)), piece)
     for start in range(0, max(map(len, rows)), piece):
         tokens = np.zeros((len(rows), piece), np.int32)
@@ -174,7 +175,7 @@ def prefill(
         logits, state = prefill_piece(params, config, tokens, lengths, state, logits)
         if progress is not None:
             progress(int(lengths.sum()))
-    return logits, state
+    return logits, functional.numbers(state)
 
 
 def fitting_piece(left: int, piece: int) -> int:

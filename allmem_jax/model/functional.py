@@ -200,12 +200,11 @@ def attend_cached(
 def write_cache(
     cache: jax.Array, new: jax.Array, position: jax.Array, lengths: jax.Array, sink_slots: int
 ) -> jax.Array:
-    """`ring.write`, under a mesh by every device on its own rows and heads; of `bits` for a cache of such.
+    """`ring.write`, under a mesh by every device on its own rows and heads; both may be `bits`.
 
     It is done once for all layers, and not in each, so that a loop over layers does not write whole caches anew.
     """
     tokens, rows = PartitionSpec(None, "rows", None, "heads"), PartitionSpec("rows")
-    new = bits(new) if cache.dtype == jnp.uint16 else new
     where, arguments = (tokens, tokens, rows, rows), (cache, new, position, lengths)
     write = functools.partial(ring.write, sink_slots=sink_slots)
     return sharding.over_rows_and_heads(write, arguments, where, tokens, cache.shape[1], cache.shape[3])

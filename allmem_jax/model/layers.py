@@ -121,13 +121,13 @@ def of_one_token(past: LayerState, shared: Shared) -> tuple[LayerState, Shared]:
     """`past`, leaves [Y, B, ...], with what one more token needs, and `shared` with the caches.
 
     A loop over layers copies what it hands to each: so of all that waits each has the slot that the token takes, and
-    the caches lie beside. They alone may still be `functional.bits` then.
+    the caches lie beside.
     """
     waiting = past.waiting
     if waiting is not None:
         slot = (shared.position % waiting.shape[2])[None, :, None, None]
         waiting = jnp.take_along_axis(waiting, slot, axis=2)
-    bare = functional.numbers(past._replace(keys=None, values=None, waiting=waiting))
+    bare = past._replace(keys=None, values=None, waiting=waiting)
     return bare, shared._replace(caches=(past.keys, past.values))
 
 
@@ -140,7 +140,7 @@ def written(
 ) -> LayerState:
     """The states of all layers after a call, from those before it and what the layers returned; leaves [Y, B, ...].
 
-    They are `functional.bits` where those before it are. `init` has the `initial_weights` of all layers, [Y, ...].
+    They are `functional.bits` where those before are. `init` has the `initial_weights` of all layers, [Y, ...].
     """
     where = shared.position, shared.lengths
 
@@ -156,8 +156,7 @@ def written(
     if past.waiting is not None:  # as a cache with no sinks and one head
         waiting = functional.write_cache(past.waiting[..., None, :], new.waiting[..., None, :], *where, 0)[..., 0, :]
     keys, values = cached(past.keys, new.keys), cached(past.values, new.values)
-    conv = functional.bits(new.conv) if past.keys is not None and past.keys.dtype == jnp.uint16 else new.conv
-    return LayerState(keys, values, conv, learned, waiting)
+    return LayerState(keys, values, new.conv, learned, waiting)
 
 
 def initial_weights(layer: Mapping[str, Any]) -> pallas_kernels.FastWeights | None:

@@ -66,7 +66,6 @@ class AllMemLM(nn.Module):
             raise ValueError(f"tokens must be integers [B, L]; got {tokens.dtype} {list(tokens.shape)}")
         if state is not None:
             state_lib.check_state(c, tokens.shape[0], state)
-            state = state if tokens.shape[1] == 1 else functional.numbers(state)
         embed = nn.Embed(c.vocab_size, c.d_model, embedding_init=nn.initializers.normal(0.02), name="embed")
         table = embed.embedding
         x = jnp.take(sharding.whole_rows(table), tokens, axis=0).astype(c.dtype) * jnp.asarray(c.embed_scale, c.dtype)

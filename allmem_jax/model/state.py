@@ -38,8 +38,8 @@ class DecodeState:
         `functional.delayed`); None without one.
       sinks: S, static: the arrays alone do not tell a sink slot from one of the window.
 
-    What is in bfloat16 may also be `functional.bits`, uint16: steps of one token on a CPU go on from such a state, as
-    XLA there widens and rounds a whole array in bfloat16 to write a token to it. Whatever takes a state takes both.
+    What is in bfloat16 may also be `functional.bits`, uint16: on a CPU decoding goes on from such a state, as XLA there
+    widens and rounds a whole array in bfloat16 to write a token to it. Whatever takes a state takes both.
     """
 
     position: jax.Array

@@ -205,10 +205,9 @@ class Engine:
 
     def _run(self) -> None:
         try:
-            self._state = state_lib.init_state(self.config, self.slots)
-            self._state = functional.bits(self._state) if "kernels" in self.params else self._state
+            self._state = self._own(state_lib.init_state(self.config, self.slots))
             self._logits = jnp.zeros((self.slots, self.config.vocab_size), jnp.float32)
-            self._fresh = state_lib.init_state(self.config, 1)
+            self._fresh = self._own(state_lib.init_state(self.config, 1))
             self._blank = jnp.zeros((1, self.config.vocab_size), jnp.float32)
             self._compile()
             self.ready = True
@@ -298,6 +297,11 @@ class Engine:
             job._cached += count * self.piece - job._read
             job._read = count * self.piece
             job._state = state
+        job._state = self._own(job._state)
+
+    def _own(self, state: state_lib.DecodeState) -> state_lib.DecodeState:
+        """A state as the programs were compiled for it."""
+        return functional.bits(state) if "kernels" in self.params else state
 
     def _before(self, job: Job) -> Sequence[bytes]:
         """Keys of the pieces that leave something to read, as the answer begins with what the last token predicts."""

@@ -78,7 +78,9 @@ def attend(q, k, v, keys, values, position, lengths, *, sink_slots: int, window,
 
     # One matrix a key head, rows (G, L): with its axes as they come it takes XLA two to three times as long on a CPU.
     query = q.reshape(batch, length, kv_heads, -1, dim).transpose(0, 2, 3, 1, 4).reshape(batch, kv_heads, -1, dim)
-    keys, values = (jnp.swapaxes(jnp.concatenate(pair, axis=1), 1, 2) for pair in ((keys, k), (values, v)))
+    # Turned before they are joined, or XLA makes the turn part of the product, which bfloat16 units then cannot do.
+    pairs = ([jnp.swapaxes(x, 1, 2) for x in pair] for pair in ((keys, k), (values, v)))
+    keys, values = (jnp.concatenate(pair, axis=2) for pair in pairs)
     scores = dots.einsum("bhrd,bhtd->bhrt", query, keys) * scale
     grouped = scores.reshape(batch, kv_heads, -1, length, keys.shape[2]) + hidden
     weights = jnp.exp(grouped - jax.lax.stop_gradient(grouped.max(-1, keepdims=True)))
