@@ -198,7 +198,8 @@ def stream(
 
     `live` tells the rows whose token counts: those that had not stopped before. A stop token is live itself, so the
     state has read it. To go on later (another turn of a chat), keep the last `logits` and `state`, of which the state
-    is valid until the next token is asked for. `stop_tokens` None means the config's `eos_tokens`.
+    is valid until the next token is asked for; on a CPU it has `functional.bits` for what is in bfloat16. `stop_tokens`
+    None means the config's `eos_tokens`.
     """
     sampling.check()
     stop_tokens = config.eos_tokens if stop_tokens is None else stop_tokens
