@@ -16,12 +16,12 @@ FLAGS = " ".join(
         "--xla_llvm_enable_noalias_metadata=false",
     )
 )
-# The scheduler that looks for concurrency runs a collective of a loop beside one that does not depend on it, on some
-# devices in the other order: they wait for one another for ever.
-IN_ORDER = "--xla_cpu_enable_concurrency_optimized_scheduler=false"
 # Later ones have one kind of emitters, and end at a flag they do not know.
 if importlib.metadata.version("jaxlib").startswith("0.10."):
     FLAGS += " --xla_cpu_use_fusion_emitters=false"
+# The scheduler that looks for concurrency runs a collective of a loop beside one that does not depend on it, on some
+# devices in the other order: they wait for one another for ever.
+IN_ORDER = "--xla_cpu_enable_concurrency_optimized_scheduler=false"
 
 
 def on_devices(count: int) -> str:

@@ -213,7 +213,7 @@ def _run(
     done = _complete_batches(path, [len(batch) for batch in batches])
     if mesh is not None:
         student = student._replace(params=jax.device_put(student.params, NamedSharding(mesh, PartitionSpec())))
-    student = student._replace(params=lm.unstack(student.params, dtype=student.config.dtype))
+    student = student._replace(params=lm.unstack(student.params, dtype=student.config.dtype))  # once for all batches
     began, tokens = time.perf_counter(), 0
     with (
         nullcontext() if mesh is None else jax.set_mesh(mesh),

@@ -164,7 +164,7 @@ def prefill(
     config, state = with_room(config, state, len(rows), max(map(len, rows)))
     logits = jnp.zeros((len(rows), config.vocab_size), jnp.float32)
     params = lm.unstack(params, dtype=config.dtype)
-    state = functional.bits(state) if "kernels" in params else state
+    state = fitting_state(params, state)
     piece = fitting_piece(max(map(len, rows)), piece)
     for start in range(0, max(map(len, rows)), piece):
         tokens = np.zeros((len(rows), piece), np.int32)
@@ -181,6 +181,11 @@ def prefill(
 def fitting_piece(left: int, piece: int) -> int:
     """Tokens of the pieces that `left` tokens are read in: `piece`, or fewer where half of one would do."""
     return piece if left > piece // 2 else max(piece // 8, min(piece, 8))
+
+
+def fitting_state(params: lm.Params, state: state_lib.DecodeState) -> state_lib.DecodeState:
+    """A state as it is best decoded from with these parameters: `functional.bits` beside what `lm.unstack` made."""
+    return functional.bits(state) if "kernels" in params else state
 
 
 def stream(
@@ -208,8 +213,7 @@ def stream(
     done = np.zeros(logits.shape[0], bool)
     config, state = with_room(config, state, len(logits), max_tokens)
     params = lm.unstack(params, dtype=config.dtype)
-    state = jax.tree.map(jnp.copy, state)  # decode_step consumes its state; the caller's stays
-    state = functional.bits(state) if "kernels" in params else state
+    state = jax.tree.map(jnp.copy, fitting_state(params, state))  # decode_step consumes it; the caller's stays
     for index in range(max_tokens):
         tokens, logits, state = decode_step(
             params, config, logits, state, done, jax.random.fold_in(key, index), sampling
@@ -348,11 +352,10 @@ def with_room(
       ValueError: `state` has forgotten tokens that full attention sees, or another model made it.
     """
     if config.mixer != "full":
-        return config, state_lib.init_state(config, rows) if state is None else functional.numbers(state)
+        return config, state_lib.init_state(config, rows) if state is None else state
     if state is None:
         config = full_as_windowed(config, more)
         return config, state_lib.init_state(config, rows)
-    state = functional.numbers(state)
     layers, _, slots, heads, dim = state.keys.shape
     if (layers, heads, dim) != (config.n_layers, config.n_kv_heads, config.head_dim) or state.conv is not None:
         raise ValueError("the state is not of this model with full attention: another model or mixer made it")

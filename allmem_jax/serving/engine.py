@@ -19,7 +19,7 @@ import numpy as np
 
 from allmem_jax.decoding import generation
 from allmem_jax.model import config as config_lib
-from allmem_jax.model import functional, lm
+from allmem_jax.model import lm
 from allmem_jax.model import state as state_lib
 from allmem_jax.serving import prefix_store, prefixes, programs
 
@@ -205,9 +205,9 @@ class Engine:
 
     def _run(self) -> None:
         try:
-            self._state = self._own(state_lib.init_state(self.config, self.slots))
+            self._state = self._fitting(state_lib.init_state(self.config, self.slots))
             self._logits = jnp.zeros((self.slots, self.config.vocab_size), jnp.float32)
-            self._fresh = self._own(state_lib.init_state(self.config, 1))
+            self._fresh = self._fitting(state_lib.init_state(self.config, 1))
             self._blank = jnp.zeros((1, self.config.vocab_size), jnp.float32)
             self._compile()
             self.ready = True
@@ -297,11 +297,11 @@ class Engine:
             job._cached += count * self.piece - job._read
             job._read = count * self.piece
             job._state = state
-        job._state = self._own(job._state)
+        job._state = self._fitting(job._state)
 
-    def _own(self, state: state_lib.DecodeState) -> state_lib.DecodeState:
+    def _fitting(self, state: state_lib.DecodeState) -> state_lib.DecodeState:
         """A state as the programs were compiled for it."""
-        return functional.bits(state) if "kernels" in self.params else state
+        return generation.fitting_state(self.params, state)
 
     def _before(self, job: Job) -> Sequence[bytes]:
         """Keys of the pieces that leave something to read, as the answer begins with what the last token predicts."""

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from allmem_jax.decoding import generation
 from allmem_jax.model import config as config_lib
-from allmem_jax.model import functional, lm
+from allmem_jax.model import lm
 from allmem_jax.model import state as state_lib
 
 TOLD = 20  # most likely tokens whose probabilities an answer may tell
@@ -45,7 +45,6 @@ def seat(
     """The batch, with the row of `one` [1 row] and its logits [1, V] in the place of `slot`."""
 
     def put(leaf: jax.Array, row: jax.Array) -> jax.Array:
-        row = functional.bits(row) if leaf.dtype == jnp.uint16 else row
         axis = 0 if leaf.ndim == 1 else 1  # all but positions have layers first
         return jax.lax.dynamic_update_slice_in_dim(leaf, row, slot, axis)
 
